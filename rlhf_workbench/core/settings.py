@@ -86,13 +86,15 @@ def set_seed(
     import numpy as np
 
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (libraries still draw from it)
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
 
 # %% ../../nbs/core/01_settings.ipynb #679633f7
-_STACK = ("rlhf_workbench", "numpy", "pandas", "duckdb", "torch", "transformers", "trl", "peft", "datasets")
-_STACK += ("distilabel", "crowd-kit", "evidently", "frouros", "argilla", "panel", "papermill")
+_STACK = (
+    *("rlhf_workbench", "numpy", "pandas", "duckdb", "torch", "transformers", "trl", "peft", "datasets"),
+    *("distilabel", "crowd-kit", "evidently", "frouros", "argilla", "panel", "papermill"),
+)
 
 
 @lru_cache(maxsize=1)
