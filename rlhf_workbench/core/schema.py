@@ -306,23 +306,45 @@ def _sql_type(annotation: Any) -> str:
     return _SQL.get(annotation, "JSON")
 
 
-def columns(
-    kind: type[Record],
-) -> dict[str, str]:  # field → DuckDB type, in the order of definition
-    """The columns of a record type's table."""
+def _read_columns(kind: type[Record]) -> dict[str, str]:
+    """Field → DuckDB type."""
     hints = typing.get_type_hints(kind)
     return {f.name: _sql_type(hints[f.name]) for f in fields(kind)}
 
+
+_COLUMNS = {kind.table: _read_columns(kind) for kind in RECORDS}
+
+
+def columns(
+    kind: type[Record],  # one of `RECORDS`
+) -> dict[str, str]:  # field → DuckDB type, in the order of definition
+    """The columns of a record type's table."""
+    return _COLUMNS[kind.table]
+
 # %% ../../nbs/core/02_schema.ipynb #9f1fa5c7
+def _read_words(kind: type[Record]) -> dict[str, tuple[str, ...]]:
+    """The `Literal` fields of a type and their words."""
+    found = {}
+    for name, hint in typing.get_type_hints(kind).items():
+        parts = (hint, *typing.get_args(hint))
+        words = tuple(w for part in parts if typing.get_origin(part) is Literal for w in typing.get_args(part))
+        if words:
+            found[name] = words
+    return found
+
+
+_WORDS = {kind.table: _read_words(kind) for kind in RECORDS}
+
+
 def check(
     record: Record,
 ) -> None:
     """Raise `InputError` when a word is not one of its field's, or a time has no zone."""
-    for name, hint in typing.get_type_hints(type(record)).items():
+    for name, words in _WORDS[record.table].items():
         value = getattr(record, name)
-        union = (hint, *typing.get_args(hint))
-        words = [w for part in union if typing.get_origin(part) is Literal for w in typing.get_args(part)]
-        if words and value is not None and value not in words:
+        if value is not None and value not in words:
             raise InputError(f"{record.table}.{name} must be one of {', '.join(words)}, got {value!r}")
-        if isinstance(value, datetime) and value.tzinfo is None:
+    for name, sql in columns(type(record)).items():
+        value = getattr(record, name) if sql == "TIMESTAMPTZ" else None
+        if value is not None and value.tzinfo is None:
             raise InputError(f"{record.table}.{name} has no time zone: {value}; use UTC")

@@ -52,17 +52,21 @@ def _create_statements() -> list[str]:
     return made
 
 # %% ../../nbs/store/01_tables.ipynb #daf13621
-def _arrow(records: Sequence[Record], seq: int) -> pa.Table:
-    """The records of one type as a table, in the order of its columns."""
-    kind = type(records[0])
-    arrays, names = [], []
-    for name, sql in columns(kind).items():
+def _cells(records: Sequence[Record], seq: int) -> dict[str, list[Any]]:
+    """The records of one type, column by column, as DuckDB takes them."""
+    found: dict[str, list[Any]] = {}
+    for name, sql in columns(type(records[0])).items():
         values = [getattr(record, name) for record in records]
         if sql == "JSON":
             values = [None if v is None else json.dumps(v, ensure_ascii=False) for v in values]
-        arrays.append(pa.array(values, type=_ARROW[sql]))
-        names.append(name)
-    return pa.table([*arrays, pa.array([seq] * len(records), type=pa.int64())], names=[*names, "audit_seq"])
+        found[name] = values
+    return found | {"audit_seq": [seq] * len(records)}
+
+
+def _arrow(kind: type[Record], cells: dict[str, list[Any]]) -> pa.Table:
+    """The cells as an Arrow table with the types of the kind's columns."""
+    types = [*columns(kind).values(), "BIGINT"]
+    return pa.table([pa.array(v, type=_ARROW[t]) for v, t in zip(cells.values(), types, strict=True)], names=[*cells])
 
 
 R = TypeVar("R", bound=Record)
@@ -86,6 +90,7 @@ class Store:
     ):
         self.path, self.actor = path, actor
         self._con, self._lock, self._depth = con, threading.RLock(), 0
+        self._head: tuple[int, str] | None = None  # last change, as far as this process wrote it
         self._scratch = tempfile.TemporaryDirectory(prefix="rlhfw-") if path is None else None
 
     def __enter__(self) -> "Store":
@@ -114,6 +119,7 @@ class Store:
                     self._con.execute("COMMIT")
             except BaseException:
                 if self._depth == 1:
+                    self._head = None
                     self._con.execute("ROLLBACK")
                 raise
             finally:
@@ -136,18 +142,31 @@ class Store:
 
     def _write(self, kind: type[Record], group: list[Record]) -> None:
         """Insert the rows of one type and chain their audit row."""
-        last = self._con.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
-        seq, previous = (last[0] + 1, last[1]) if last else (1, START)
-        rows = _arrow(group, seq)
-        self._con.register("incoming", rows)
-        self._con.execute(f"INSERT INTO {kind.table} BY NAME SELECT * FROM incoming")
-        self._con.unregister("incoming")
+        seq, previous = self._head or self._read_head()
+        seq += 1
+        self._insert(kind, _cells(group, seq))
         content = content_hashes(self._con, kind.table, since=seq - 1)[seq][1]
-        row = {"seq": seq, "recorded_at": utc_now(), "actor": self.actor, "action": "append", "table_name": kind.table}
-        row |= {"n_rows": len(group), "content": content}
-        self._con.execute(
-            "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [*row.values(), link_hash(previous, row)]
-        )
+        row = {"seq": seq, "recorded_at": utc_now(), "actor": self.actor, "action": "append"}
+        row |= {"table_name": kind.table, "n_rows": len(group), "content": content}
+        self._head = seq, link_hash(previous, row)
+        self._con.execute("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?, ?)", [*row.values(), self._head[1]])
+
+    def _read_head(self) -> tuple[int, str]:
+        """Number and hash of the last change."""
+        last = self._con.execute("SELECT seq, hash FROM audit ORDER BY seq DESC LIMIT 1").fetchone()
+        return (last[0], last[1]) if last else (0, START)
+
+    def _insert(self, kind: type[Record], cells: dict[str, list[Any]]) -> None:
+        """Arrow for many rows; plain values for a few, where registering a table costs more than the rows."""
+        n = len(cells["id"])
+        if n > 8:
+            self._con.register("incoming", _arrow(kind, cells))
+            self._con.execute(f"INSERT INTO {kind.table} SELECT * FROM incoming")
+            self._con.unregister("incoming")
+            return
+        places = ", ".join(f"({', '.join('?' * len(cells))})" for _ in range(n))
+        flat = [value for row in zip(*cells.values(), strict=True) for value in row]
+        self._con.execute(f"INSERT INTO {kind.table} VALUES {places}", flat)
 
     def _select(self, kind: type[Record], equals: dict[str, Any]) -> duckdb.DuckDBPyConnection:
         """Current rows whose columns equal the given values, oldest first."""
