@@ -224,7 +224,7 @@ class Store:
     def sql(
         self,
         query: str,  # one SELECT
-        params: Sequence[Any] = (),  # for the ? in it
+        params: Sequence[Any] | dict[str, Any] = (),  # for each ?, or by name for each $name
     ) -> pd.DataFrame:
         """Read with SQL; raises `InputError` when the statement is anything but one SELECT."""
         try:
@@ -235,7 +235,7 @@ class Store:
             raise InputError("the query must be one SELECT; writing goes through append")
         with self._lock:
             try:
-                return self._con.execute(query, list(params)).df()
+                return self._con.execute(query, params).df()
             except duckdb.Error as error:
                 raise InputError(f"the query failed: {error}") from error
 
