@@ -7,7 +7,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/core/schema.html.md"""
 # %% auto #0
 __all__ = ['Label', 'Messages', 'RECORDS', 'new_id', 'utc_now', 'Record', 'Prompt', 'Generation', 'Comparison', 'QueueItem',
            'Lease', 'Annotation', 'Rating', 'Consensus', 'AnnotatorScore', 'Snapshot', 'Preference', 'Run', 'RunEnd',
-           'Model', 'Prediction', 'DriftEvent', 'Proposal', 'Decision', 'columns', 'check']
+           'Model', 'ModelCard', 'Prediction', 'DriftEvent', 'Proposal', 'Decision', 'columns', 'check']
 
 # %% ../../nbs/core/02_schema.ipynb #4bce9951
 import os
@@ -240,7 +240,14 @@ class Model(Record):
     figures: dict[str, Any] = field(default_factory=dict)
     path: str = ""  # folder of the weights
     content_hash: str = ""  # SHA-256 of the weights
-    card: str = ""  # Markdown
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard(Record):
+    """What is known of a model, for people."""
+
+    model_id: str
+    markdown: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +297,7 @@ _SQL = {str: "VARCHAR", int: "BIGINT", float: "DOUBLE", bool: "BOOLEAN", datetim
 RECORDS: tuple[type[Record], ...] = (
     *(Prompt, Generation, Comparison, QueueItem, Lease, Annotation, Rating),
     *(Consensus, AnnotatorScore, Snapshot, Preference),
-    *(Run, RunEnd, Model, Prediction, DriftEvent, Proposal, Decision),
+    *(Run, RunEnd, Model, ModelCard, Prediction, DriftEvent, Proposal, Decision),
 )
 
 

@@ -188,6 +188,7 @@ class Store:
     def records(
         self,
         kind: type[R],
+        /,
         **equals: Any,  # column=value; a list means any of them
     ) -> list[R]:  # in the order of their ids: the order of writing
         """The current records of a type."""
@@ -198,6 +199,7 @@ class Store:
     def frame(
         self,
         kind: type[Record],
+        /,
         **equals: Any,  # column=value; a list means any of them
     ) -> pd.DataFrame:  # one row a record, one column a field
         """The current records of a type as a table."""
