@@ -1,0 +1,172 @@
+"""The store keeps what it acknowledged, all or nothing, and gives back what it was given."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import duckdb
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rlhf_workbench.core.errors import InputError, MissingError, StateError
+from rlhf_workbench.core.schema import Annotation, Model, Prompt, columns
+from rlhf_workbench.store.tables import connect
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=40)
+PAYLOAD = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=TEXT, topic=st.none() | TEXT, metadata=st.dictionaries(TEXT, PAYLOAD, max_size=3), n=st.integers(1, 20))
+def test_what_goes_in_comes_out(text: str, topic: str | None, metadata: dict[str, object], n: int) -> None:
+    """Both ways in: a few rows as values, many as Arrow."""
+    records = [Prompt(text=text, topic=topic, metadata=metadata) for _ in range(n)]
+    with connect(":memory:") as store:
+        store.append(records)
+        assert store.records(Prompt) == records
+        assert store.verify().is_intact
+
+
+def test_list_columns_and_absent_values_survive() -> None:
+    model = Model(name="m", kind="reward", parents=["a", "b"])
+    with connect(":memory:") as store:
+        store.append(model)
+        assert store.get(Model, model.id) == model
+        assert store.records(Model, snapshot_id=None) == [model]
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_a_wrong_record_keeps_all_others_out(n: int) -> None:
+    with connect(":memory:") as store:
+        bad = Annotation(comparison_id="c", annotator_id="a", label="left")  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="first, second, tie, skip"):
+            store.append([*(Prompt(text=str(i)) for i in range(n)), bad])
+        assert store.counts() == {}
+
+
+def test_a_time_without_zone_is_refused() -> None:
+    naive = datetime(2026, 1, 1)
+    with connect(":memory:") as store, pytest.raises(InputError, match="no time zone"):
+        store.append(Annotation(comparison_id="c", annotator_id="a", label="tie", submitted_at=naive))
+
+
+def test_an_error_inside_a_transaction_undoes_everything() -> None:
+    with connect(":memory:") as store:
+        store.append(Prompt(text="before"))
+        with pytest.raises(ZeroDivisionError), store.transaction():
+            store.append(Prompt(text="one"))
+            store.append([Prompt(text="many") for _ in range(20)])
+            raise ZeroDivisionError
+        store.append(Prompt(text="after"))
+        assert [p.text for p in store.records(Prompt)] == ["before", "after"]
+        assert store.verify().is_intact
+
+
+def test_filters() -> None:
+    with connect(":memory:") as store:
+        store.append([Prompt(text="a", topic="x"), Prompt(text="b", topic="y"), Prompt(text="c")])
+        assert [p.text for p in store.records(Prompt, topic=["x", "y"])] == ["a", "b"]
+        assert [p.text for p in store.records(Prompt, topic=None)] == ["c"]
+        assert store.records(Prompt, topic=[]) == []
+        with pytest.raises(InputError, match="no column 'colour'"):
+            store.records(Prompt, colour="red")
+        with pytest.raises(MissingError, match="there is no prompt"):
+            store.get(Prompt, "nobody")
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DROP TABLE prompt",
+        "SELECT 1; DELETE FROM prompt",
+        "INSERT INTO prompt SELECT * FROM prompt",
+        "ATTACH 'x'",
+        "SELEC 1",
+        "",
+    ],
+)
+def test_sql_only_reads(query: str) -> None:
+    with connect(":memory:") as store, pytest.raises(InputError):
+        store.sql(query)
+
+
+def test_a_second_writer_is_told_who_is_in_the_way(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    with connect(path):
+        code = f"from rlhf_workbench.store.tables import connect; connect({str(path)!r})"
+        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "StateError: another process is writing to" in other.stderr
+
+
+def test_files_that_are_no_store_are_refused(tmp_path: Path) -> None:
+    text = tmp_path / "text.duckdb"
+    text.write_text("hello " * 1000)
+    foreign = tmp_path / "foreign.duckdb"
+    duckdb.connect(str(foreign)).execute("CREATE TABLE t (x INT)").close()
+    newer = tmp_path / "newer.duckdb"
+    connect(newer).close()
+    duckdb.connect(str(newer)).execute("UPDATE store_version SET version = 99").close()
+    for path, words in [(text, "cannot open"), (foreign, "not a store"), (newer, "version 99")]:
+        with pytest.raises(StateError, match=words):
+            connect(path)
+    with pytest.raises(MissingError, match="no folder"):
+        connect(tmp_path / "nowhere" / "s.duckdb")
+    with pytest.raises(MissingError, match="there is no store"):
+        connect(tmp_path / "none.duckdb", read_only=True)
+
+
+_WRITER = """
+import sys
+from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store.tables import connect
+store = connect(sys.argv[1])
+for i in range(10_000):
+    store.append([Prompt(text=str(i), topic=sys.argv[2]), Prompt(text=str(i), topic="twin of " + sys.argv[2])])
+    print(i, flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    for trial in range(6):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", _WRITER, str(path), str(trial)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout
+        assert writer.stdout.readline() == "0\n"
+        time.sleep(0.05 + 0.07 * trial)
+        os.kill(writer.pid, signal.SIGKILL)
+        acknowledged = [int(line) for line in writer.stdout.read().split("\n")[:-1] if line]
+        writer.wait(timeout=10)
+        writer.stdout.close()
+        with connect(path) as store:
+            kept = [int(p.text) for p in store.records(Prompt, topic=str(trial))]
+            twins = store.records(Prompt, topic=f"twin of {trial}")
+            assert kept[: len(acknowledged) + 1] == [0, *acknowledged][: len(kept)]
+            assert len(kept) >= len(acknowledged) + 1
+            assert len(twins) == len(kept)
+            assert store.verify().is_intact
+
+
+def test_every_record_type_has_its_table() -> None:
+    with connect(":memory:") as store:
+        table = store.sql("SELECT column_name FROM duckdb_columns() WHERE table_name = 'annotation'")
+        assert [*columns(Annotation), "audit_seq"] == table["column_name"].tolist()
+
+
+def test_times_are_utc(tmp_path: Path) -> None:
+    moment = datetime(2026, 11, 23, 3, 21, 12, 345678, tzinfo=UTC)
+    with connect(tmp_path / "s.duckdb") as store:
+        store.append(Annotation(comparison_id="c", annotator_id="a", label="tie", submitted_at=moment))
+    with connect(tmp_path / "s.duckdb") as store:
+        assert store.records(Annotation)[0].submitted_at == moment
