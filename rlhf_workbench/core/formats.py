@@ -20,11 +20,13 @@ from rlhf_workbench.core.messages import (
     answer,
     canonical,
     check_answer,
+    check_plain,
     check_question,
     check_values,
     hh_text,
     hh_turns,
     kind_of,
+    plain_text,
     question,
     question_text,
     split_pair,
@@ -59,28 +61,6 @@ def _only(example: Example) -> tuple[Messages, bool]:
         raise InputError("this row is a pair, and a kto row holds one answer with a label; use unpair first")
     return example.answers[0], example.is_good
 
-
-def _plain(turns: Messages, roles: tuple[str, ...]) -> Messages:
-    """The same turns when they hold nothing but these roles and text."""
-    for turn in turns:
-        if turn["role"] not in roles:
-            raise InputError(f"the {turn['role']} turn would be lost; use a format with messages (trl-chat, openai)")
-        lost = [k for k in turn if k not in ("role", "content")]
-        if lost or not isinstance(turn.get("content"), str):
-            raise InputError(
-                f"{', '.join(lost) or 'content that is not text'} of the {turn['role']} turn would be lost"
-            )
-    return turns
-
-
-def _string(turns: Messages, role: str) -> str:
-    """The text of one plain turn."""
-    if len(turns) != 1:
-        raise InputError(
-            f"all but one of {len(turns)} turns would be lost; use a format with messages (trl-chat, openai)"
-        )
-    return str(_plain(turns, (role,))[0]["content"])
-
 # %% ../../nbs/core/04_formats.ipynb #ef7606ef
 _TRL, _KTO = "prompt, chosen and rejected", "prompt, completion and label"
 _CHATS = "chosen and rejected"
@@ -94,8 +74,8 @@ def _read_trl(row: Row) -> Example:
 
 def _write_trl(example: Example) -> Row:
     """Three strings."""
-    chosen, rejected = (_string(a, "assistant") for a in _pair(example))
-    return {"prompt": _string(example.messages, "user"), "chosen": chosen, "rejected": rejected}
+    chosen, rejected = (plain_text(a, "assistant") for a in _pair(example))
+    return {"prompt": plain_text(example.messages, "user"), "chosen": chosen, "rejected": rejected}
 
 
 def _read_trl_chat(row: Row) -> Example:
@@ -133,8 +113,8 @@ def _write_kto(example: Example) -> Row:
     """Two strings and a label."""
     said, is_good = _only(example)
     return {
-        "prompt": _string(example.messages, "user"),
-        "completion": _string(said, "assistant"),
+        "prompt": plain_text(example.messages, "user"),
+        "completion": plain_text(said, "assistant"),
         "label": is_good,
     }
 
@@ -199,7 +179,9 @@ def _read_hh(row: Row) -> Example:
 
 def _write_hh(example: Example) -> Row:
     """Two dialogues as text."""
-    return {name: hh_text(_plain(turns, ("user", "assistant"))) for name, turns in _write_trl_implicit(example).items()}
+    return {
+        name: hh_text(check_plain(turns, ("user", "assistant"))) for name, turns in _write_trl_implicit(example).items()
+    }
 
 # %% ../../nbs/core/04_formats.ipynb #7812602d
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ Docs: https://OWNER.github.io/rlhf_workbench/core/messages.html.md"""
 
 # %% auto #0
 __all__ = ['Row', 'ROLES', 'question', 'answer', 'turn_text', 'hh_text', 'answer_text', 'question_text', 'check_values',
-           'kind_of', 'take', 'take_messages', 'check_question', 'check_answer', 'canonical', 'split_pair', 'hh_turns']
+           'kind_of', 'take', 'take_messages', 'check_question', 'check_answer', 'canonical', 'split_pair', 'hh_turns',
+           'check_plain', 'plain_text']
 
 # %% ../../nbs/core/03_messages.ipynb #af63ca0c
 import json
@@ -204,3 +205,31 @@ def hh_turns(
         )
     roles = {word: role for role, word in _HH.items()}
     return [{"role": roles[w], "content": said} for w, said in zip(parts[::2], parts[1::2], strict=True)]
+
+# %% ../../nbs/core/03_messages.ipynb #2dbe48c8
+def check_plain(
+    turns: Messages,
+    roles: tuple[str, ...],  # those that have a place
+) -> Messages:  # the same
+    """Raise `InputError` unless the turns hold nothing but these roles and text."""
+    for turn in turns:
+        if turn["role"] not in roles:
+            raise InputError(f"the {turn['role']} turn would be lost; use a format with messages (trl-chat, openai)")
+        lost = [k for k in turn if k not in ("role", "content")]
+        if lost or not isinstance(turn.get("content"), str):
+            raise InputError(
+                f"{', '.join(lost) or 'content that is not text'} of the {turn['role']} turn would be lost"
+            )
+    return turns
+
+
+def plain_text(
+    turns: Messages,
+    role: str,
+) -> str:
+    """The text of a conversation that is one plain turn; raises `InputError` when it is more."""
+    if len(turns) != 1:
+        raise InputError(
+            f"all but one of {len(turns)} turns would be lost; use a format with messages (trl-chat, openai)"
+        )
+    return str(check_plain(turns, (role,))[0]["content"])
