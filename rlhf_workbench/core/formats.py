@@ -16,6 +16,7 @@ from typing import Any
 
 from .errors import InputError
 from rlhf_workbench.core.messages import (
+    EmptyError,
     Row,
     answer,
     canonical,
@@ -173,6 +174,9 @@ def _write_ultrafeedback(example: Example) -> Row:
 def _read_hh(row: Row) -> Example:
     """Two dialogues as text."""
     texts = {name: hh_turns(take(row, name, str, _CHATS), name) for name in ("chosen", "rejected")}
+    for name in texts:
+        if row[name].endswith("\n\nAssistant:"):
+            raise EmptyError(f"'{name}' is empty: the assistant says nothing")
     messages, answers = split_pair(texts["chosen"], texts["rejected"])
     return Example(messages=messages, answers=answers)
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..core.errors import InputError, StateError
 from ..core.files import file_stem, read_rows, write_rows
 from ..core.formats import Example, detect_format, find_format, parse_line, render, unpair
-from ..core.messages import Row, canonical
+from ..core.messages import EmptyError, Row, canonical
 from ..core.schema import Record
 from .datasets import ExampleWriter, Labels, dataset_examples
 from .tables import Store
@@ -42,20 +42,26 @@ def read_examples(
     path: str | Path,
     notes: list[str],  # what was tolerated is added here
     format: str | None = None,  # a name in FORMATS; None: what the first row looks like
+    skip_empty: bool = False,  # leave out rows with an empty question or answer, and note it
 ) -> Iterator[Example]:
     """The rows of a file; raises `InputError` at the first bad one, with its place."""
-    named, start = format, ""
+    named, start, empty = format, "", []
     for place, row in read_rows(path, notes):
         try:
             format = format or detect_format(row)
             yield parse_line(format, row)
+        except EmptyError as error:
+            if not skip_empty:
+                raise InputError(f"{path} {place}: {error}; skip_empty leaves such rows out") from error
+            empty.append(place)
         except InputError as error:
             other = _other_format(row, format) if start and not named else ""
             why = f"this row is {other}, but {start} is {format}; one format a file" if other else str(error)
             raise InputError(f"{path} {place}: {why}") from error
-        except RecursionError as error:
-            raise InputError(f"{path} {place}: nested too deeply to be stored") from error
         start = start or place
+    if empty:
+        places = ", ".join(empty[:5]) + (", …" if len(empty) > 5 else "")
+        notes.append(f"{len(empty)} with an empty question or answer left out: {places}")
     if not start:
         raise InputError(f"{path} is empty; needs at least one row")
 
@@ -80,13 +86,14 @@ def check_file(
     *,
     format: str | None = None,  # a name in FORMATS; None: what the first row looks like
     dataset: str | None = None,  # None: the file's name without its ending
+    skip_empty: bool = False,  # leave out rows with an empty question or answer, and note it
 ) -> ImportReport:
     """Read a whole file as an import would, without a store; raises `InputError` at the first bad row."""
     notes: list[str] = []
     prompts, seen, n_rows, n_equal = set(), set(), 0, 0
     if format:
         find_format(format)
-    for example in _progress(read_examples(path, notes, format), "checking"):
+    for example in _progress(read_examples(path, notes, format, skip_empty), "checking"):
         n_rows, format = n_rows + 1, example.format
         prompts.add(_digest(example.messages))
         seen.add(_digest([example.messages, example.answers, example.is_good]))
@@ -121,16 +128,17 @@ def import_file(
     *,
     format: str | None = None,  # a name in FORMATS; None: what the first row looks like
     dataset: str | None = None,  # None: the file's name without its ending
+    skip_empty: bool = False,  # leave out rows with an empty question or answer, and note it
     run_id: str | None = None,
 ) -> ImportReport:
     """Import a file, all or nothing; raises `InputError` with the first bad line, `StateError` when the dataset is there."""
     _refuse_second(store, dataset or file_stem(path))
-    report = check_file(path, format=format, dataset=dataset)
+    report = check_file(path, format=format, dataset=dataset, skip_empty=skip_empty)
     writer = ExampleWriter(report.dataset, Path(path).name, actor=store.actor, run_id=run_id)
     portion: list[Record] = []
     with store.transaction():
         _refuse_second(store, report.dataset)
-        rows = read_examples(path, [], report.format)
+        rows = read_examples(path, [], report.format, skip_empty)
         for i, example in enumerate(_progress(rows, "importing", report.n_rows), 1):
             portion += writer.records(example)
             if i % _PORTION == 0:
