@@ -100,7 +100,7 @@ def _wilson(share: Floats, n: Floats) -> tuple[Floats, Floats]:
     z = 1.959964
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return np.clip(middle - half, 0, 1), np.clip(middle + half, 0, 1)
+    return np.clip(middle - half, 0, share), np.clip(middle + half, share, 1)
 
 # %% ../../nbs/monitor/01_calibration.ipynb #98f43168
 def ece(
@@ -192,8 +192,10 @@ def ece_interval(
     found = _ece(confidence, right, edges)
     rows = np.random.default_rng(seed).integers(0, len(right), (draws, len(right)))
     lo, hi = np.quantile([_ece(confidence[r], right[r], edges) for r in rows], [0.025, 0.975])
-    is_chance = found <= chance_ece(probs, labels, seed=seed, draws=draws)[1]
-    return 0.0 if is_chance else float(max(2 * found - hi, 0)), float(min(max(2 * found - lo, found), 1))
+    chance = chance_ece(probs, labels, seed=seed, draws=draws)[1]
+    if found <= chance:
+        return 0.0, float(max(2 * found - lo, chance))
+    return float(max(2 * found - hi, 0)), float(min(max(2 * found - lo, found), 1))
 
 
 def mean_interval(

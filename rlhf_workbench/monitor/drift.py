@@ -102,7 +102,9 @@ def disagreement_streams(
     grouped = clear.groupby(["is_control", "comparison_id"], sort=False)
     overall = grouped.agg(at=("at", "last"), value=("value", "mean"), last=("order", "last"))
     streams = {OVERALL: overall.reset_index().sort_values(["is_control", "last"], ascending=[False, True])}
-    streams |= {f"{OVERALL} of {name}": part for name, part in clear.groupby("annotator_id")}
+    counts = clear.loc[clear["is_control"], "annotator_id"].value_counts()
+    regular = clear[clear["annotator_id"].isin(counts[counts >= min_control].index)]
+    streams |= {f"{OVERALL} of {name}": part for name, part in regular.groupby("annotator_id")}
     return {
         name: part[["at", "value", "is_control"]].reset_index(drop=True)
         for name, part in streams.items()
@@ -257,7 +259,9 @@ def summarise_drift(
     first = confirmed[0] if confirmed else None
     alarmed = list(dict.fromkeys(e.stream for e in confirmed))
     false_alarms = [e for e in events if e.metadata["period"] == "control" and e.is_confirmed]
-    shown = sorted(streams, key=lambda name: (name != OVERALL, name not in alarmed))[:8]
+    after = {name: int((~stream["is_control"]).sum()) for name, stream in streams.items()}
+    comparable = [name for name in streams if name in (OVERALL, *alarmed) or after[name] >= max(after.values()) / 4]
+    shown = sorted(comparable, key=lambda name: (name != OVERALL, name not in alarmed))[:8]
     return {
         "first_alarm": first and first.metadata["after_shift"],
         "first_alarm_stream": first and first.stream,
