@@ -9,6 +9,7 @@ __all__ = ['Choice', 'add_items', 'Task', 'next_task', 'submit', 'QueueProgress'
 
 # %% ../../nbs/collect/03_queue.ipynb #fd5f64ef
 import hashlib
+import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,6 +94,11 @@ SELECT id FROM current_lease WHERE queue = $queue AND annotator_id = $who AND ex
   AND id NOT IN (SELECT lease_id FROM annotation WHERE queue = $queue AND lease_id IS NOT NULL)
 ORDER BY id DESC LIMIT 1
 """
+_TEXTS = """
+SELECT p.text, p.messages, f.text AS first, s.text AS second
+FROM comparison c JOIN prompt p ON p.id = c.prompt_id
+JOIN generation f ON f.id = c.first_id JOIN generation s ON s.id = c.second_id WHERE c.id = ?
+"""
 
 
 def next_task(
@@ -135,12 +141,10 @@ def _lot(text: str) -> bytes:
 
 def _show(store: Store, lease: Lease) -> Task:
     """The task behind a lease."""
-    pair = store.get(Comparison, lease.comparison_id)
-    prompt = store.get(Prompt, pair.prompt_id)
-    first, second = (store.get(Generation, i).text for i in (pair.first_id, pair.second_id))
-    left, right = (second, first) if lease.is_swapped else (first, second)
-    messages = prompt.messages or [{"role": "user", "content": prompt.text}]
-    view = (messages, left, right, lease.is_swapped, lease.expires_at)
+    row = store.sql(_TEXTS, [lease.comparison_id]).iloc[0]
+    messages = json.loads(row["messages"]) if row["messages"] else [{"role": "user", "content": row["text"]}]
+    left, right = ("second", "first") if lease.is_swapped else ("first", "second")
+    view = (messages, row[left], row[right], lease.is_swapped, lease.expires_at)
     return Task(lease.id, lease.queue, lease.comparison_id, *view)
 
 # %% ../../nbs/collect/03_queue.ipynb #15e34513

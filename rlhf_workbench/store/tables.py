@@ -296,7 +296,9 @@ def _open(file: Path | None, read_only: bool) -> duckdb.DuckDBPyConnection:
         raise StateError(f"cannot open {file} as a store: {str(error).splitlines()[0]}") from error
     except duckdb.Error as error:
         raise StateError(f"cannot open {file} as a store: {str(error).splitlines()[0]}") from error
-    con.execute("SET TimeZone = 'UTC'")
+    con.execute(
+        "SET TimeZone = 'UTC'; SET threads = 1"
+    )  # many small statements: a second thread costs more than it brings
     return con
 
 
