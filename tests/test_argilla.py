@@ -66,8 +66,9 @@ def test_answers_are_read_from_argilla_objects(store: Store) -> None:
     for user, value, status in ((ADA, "second", "submitted"), (BOB, "tie", "draft")):
         record.responses.add(rg.Response("preference", value, user_id=UUID(user), status=status))
     record.responses.add(rg.Response("reason", "shorter", user_id=UUID(ADA), status="submitted"))
-    (vote,) = argilla_annotations([record], names={ADA: "ada"}, run_id="r")
-    assert (vote.annotator_id, vote.label, vote.reason, vote.run_id) == ("ada", "second", "shorter", "r")
+    (vote,) = argilla_annotations([record], names={ADA: "ada"}, queue="q", run_id="r")
+    assert (vote.annotator_id, vote.label, vote.reason) == ("ada", "second", "shorter")
+    assert (vote.queue, vote.run_id) == ("q", "r")
     exported = argilla_annotations([record.to_dict()])  # to_dict forgets which answers are drafts
     assert [(v.annotator_id, v.label) for v in exported] == [(ADA, "second"), (BOB, "tie")]
 

@@ -74,6 +74,7 @@ def test_a_pair_becomes_a_labelled_comparison(store: Store, tmp_path: Path) -> N
         assert (answers[pair.first_id], answers[pair.second_id]) == (("Ho", "No") if label == "first" else ("No", "Ho"))
         assert pair.metadata["split"] == "test"
     assert {a.label for a in votes.values()} == {"first", "second"}
+    assert {a.queue for a in votes.values()} == {"import:pairs"}
     assert {p.topic for p in store.records(Prompt)} == {"x"}
     assert store.verify().is_intact
 
@@ -377,6 +378,18 @@ def test_what_the_loop_made_goes_out_in_every_format(name: str, store: Store, tm
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_a_model_may_have_said_nothing(name: str, store: Store, tmp_path: Path) -> None:
+    prompt = Prompt(text="Hi")
+    pair = [Generation(prompt_id=prompt.id, text=text) for text in ("Ho", "")]
+    asked = Comparison(prompt_id=prompt.id, first_id=pair[0].id, second_id=pair[1].id, dataset="d")
+    said = Consensus(comparison_id=asked.id, method="m", label="first", n_votes=1, p_first=1.0, p_second=0.0)
+    store.append([prompt, *pair, asked, said])
+    assert export_dataset(store, "d", tmp_path / "out.jsonl", format=name) > 0
+    with pytest.raises(InputError, match="is empty"):
+        import_file(store, tmp_path / "out.jsonl", dataset="again", format=name)
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_snapshot_goes_out_in_every_format(name: str, store: Store, tmp_path: Path) -> None:
     loop(store)
     found = freeze_snapshot(store, run_id="r", seed=0, name="frozen", consensus_run="c1")
@@ -387,6 +400,18 @@ def test_a_snapshot_goes_out_in_every_format(name: str, store: Store, tmp_path: 
     splits = {row.split for row in store.records(Preference)}
     if FORMATS[name].is_open:
         assert {row["split"] for _, row in read_rows(tmp_path / "a.jsonl", [])} == splits
+
+
+def test_an_imported_dataset_goes_through_consensus_into_a_snapshot(store: Store, tmp_path: Path) -> None:
+    pytest.importorskip("krippendorff", reason="needs the collect extra")
+    from rlhf_workbench.quality.consensus import build_consensus
+
+    (tmp_path / "a.jsonl").write_bytes(lines([GOOD | {"prompt": str(i), "split": "test"} for i in range(5)]))
+    import_file(store, tmp_path / "a.jsonl")
+    build_consensus(store, run_id="c", seed=0, queue="import:a", method="majority")
+    freeze_snapshot(store, run_id="s", seed=0, name="a", consensus_run="c")
+    rows = store.records(Preference)
+    assert [(r.chosen, r.rejected, r.p_chosen, r.split) for r in rows] == [("Ho", "No", 1.0, "test")] * 5
 
 
 def test_comparisons_without_a_label_are_not_guessed(store: Store, tmp_path: Path) -> None:

@@ -138,17 +138,18 @@ def argilla_annotations(
     records: Iterable[Any],  # argilla.Record, or dictionaries of either shape
     *,
     names: Mapping[str, str] | None = None,  # Argilla's user id → our annotator id; others keep theirs
+    queue: str | None = None,  # the queue that the answers count for, so that consensus finds them
     run_id: str | None = None,
 ) -> list[Annotation]:
     """The answers in Argilla records; raises `InputError` on a label that we do not know."""
     found = []
     for record in records:
         comparison_id, answers = _by_user(record)
-        found += [_annotation(comparison_id, (names or {}).get(u, u), said, run_id) for u, said in answers.items()]
-    return [annotation for annotation in found if annotation]
+        found += [_annotation(comparison_id, (names or {}).get(u, u), said) for u, said in answers.items()]
+    return [replace(annotation, queue=queue, run_id=run_id) for annotation in found if annotation]
 
 
-def _annotation(comparison_id: str, annotator: str, said: _Said, run_id: str | None) -> Annotation | None:
+def _annotation(comparison_id: str, annotator: str, said: _Said) -> Annotation | None:
     """One person's answer to one record; None when it is a draft or leaves the preference out."""
     is_discarded, value = "discarded" in said.statuses, said.values.get(PREFERENCE)
     if "draft" in said.statuses or (not is_discarded and value is None):
@@ -163,7 +164,6 @@ def _annotation(comparison_id: str, annotator: str, said: _Said, run_id: str | N
         reason=said.values.get(REASON) or None,
         submitted_at=said.at,
         metadata={"source": "argilla"},
-        run_id=run_id,
     )
 
 # %% ../../nbs/collect/06_argilla.ipynb #fcdb0ca5
@@ -280,6 +280,7 @@ def pull_annotations(
     dataset: str,  # the comparisons that were pushed
     name: str | None = None,  # Argilla's dataset; None: the same name
     workspace: str | None = None,  # None: the server's first
+    queue: str | None = None,  # the queue that the answers count for; None: the dataset's name
     run_id: str | None = None,
     api_url: str | None = None,  # None: ARGILLA_API_URL
     api_key: str | None = None,  # None: ARGILLA_API_KEY
@@ -291,4 +292,5 @@ def pull_annotations(
             raise MissingError(f"the Argilla server has no dataset {name or dataset!r}; push the comparisons first")
         records = list(_fetch(client, theirs.id))
         known = {str(user.id): user.username for user in client.users}
-    return store_annotations(store, argilla_annotations(records, names=known, run_id=run_id))
+    found = argilla_annotations(records, names=known, queue=queue or dataset, run_id=run_id)
+    return store_annotations(store, found)

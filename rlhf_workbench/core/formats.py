@@ -327,7 +327,10 @@ def render(
     lost = _place(row, _extras(example) | _scores(example), format)
     if lost and not allow_loss:
         raise InputError(f"{format} has no place for {', '.join(lost)}; pass allow_loss=True to leave that out")
-    again = how.read(row)
+    try:
+        again = how.read(row)
+    except EmptyError:
+        return row  # a model may have said nothing; that is no misunderstanding
     if canonical([again.messages, again.answers]) != canonical([example.messages, example.answers]):
         raise InputError(f"written as {format}, this row would be read back with other turns; choose another format")
     return row
