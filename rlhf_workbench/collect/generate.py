@@ -60,7 +60,7 @@ _START = "import sys; from rlhf_workbench.collect.pipeline import main; main(sys
 
 
 def _environment(folder: Path, path: str) -> dict[str, str]:
-    """What the group may see: no hub for a local folder, one thread a worker, all files below the folder."""
+    """What the group may see: no hub for a local folder, and a place below the folder for what is cached."""
     given = dict(os.environ)
     given |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "DISTILABEL_LOG_LEVEL": "WARNING"}
     if Path(path).is_dir():
@@ -83,7 +83,7 @@ def _process_group(folder: Path, path: str) -> Iterator[subprocess.Popen[bytes]]
     try:
         yield process
     finally:
-        with suppress(ProcessLookupError):  # when all of them ended by themselves
+        with suppress(ProcessLookupError, PermissionError):  # when all of them ended by themselves
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 

@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -24,6 +25,7 @@ from ..core.schema import Messages
 from ..core.settings import needs_extra, threads
 
 # %% ../../nbs/collect/05_pipeline.ipynb #daae4fb9
+warnings.filterwarnings("ignore", "The 'default' attribute with value None")  # about distilabel's own classes
 with needs_extra("collect"):
     import torch
     from distilabel.models.llms import LLM
