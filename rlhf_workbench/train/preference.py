@@ -76,7 +76,7 @@ class Policy:
 
         rows = [token_ids(self.tokenizer, *item, self.max_length) for item in items]
 
-        def take(output: Any, mask: Any, batch: list[int]) -> Any:
+        def take(_: Any, output: Any, batch: list[int]) -> Any:
             sums = []
             for place, i in enumerate(batch):
                 ids, start = rows[i]
@@ -88,7 +88,8 @@ class Policy:
         with self._adapter(with_adapter):
             tokens = [ids for ids, _ in rows]
             pad_id = self.tokenizer.pad_token_id
-            return read_rows(self.model, tokens, take, pad_id=pad_id, dtype=self.dtype, title="reading answers")
+            settings: dict[str, Any] = {"pad_id": pad_id, "dtype": self.dtype, "title": "reading answers"}
+            return read_rows(self.model, tokens, take, max_tokens=1024, **settings)  # a row of logits is long
 
     def answer(
         self,
@@ -238,7 +239,12 @@ def train_policy(
     rank: int = 8,
 ) -> dict[str, Any]:  # margin first, then accuracies, examples, losses; model_id
     """Train a policy on a snapshot by DPO; raises `InputError` when the snapshot has nothing to train or test on."""
-    training = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "learning_rate": learning_rate}
+    training: dict[str, Any] = {
+        "epochs": epochs,
+        "max_steps": max_steps,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+    }
     training |= {"rank": rank, "beta": beta, "max_length": max_length, "dtype": dtype}
     rows = read_snapshot(store, snapshot_id)
     train, test = decided_rows(rows, "train", max_pairs, seed), decided_rows(rows, "test", max_test_pairs, seed)
