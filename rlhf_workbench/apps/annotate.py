@@ -232,7 +232,7 @@ def annotate_view(
     session = LabelSession(store, queue, annotator_id, seed=seed)
     reason = pn.widgets.TextInput(placeholder="why? (if you like)", sizing_mode="stretch_width", margin=(8, 0))
     style = {name: "primary" if name in ("left", "tie", "right") else "default" for name in BUTTONS}
-    buttons = {n: pn.widgets.Button(name=text, button_type=style[n], margin=4) for n, text in BUTTONS.items()}
+    buttons = {n: pn.widgets.Button(label=text, color=style[n], margin=4) for n, text in BUTTONS.items()}
     task = pn.pane.HTML(sizing_mode="stretch_width", margin=0)
     progress = pn.pane.HTML(margin=(0, 0, 8, 0))
     row = pn.FlexBox(*buttons.values())

@@ -8,6 +8,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/apps/portal.html.md"""
 __all__ = ['PARTS', 'StoreWatch', 'draw_parts', 'overview_page']
 
 # %% ../../nbs/apps/02_portal.ipynb #2964abe4
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -140,16 +141,23 @@ def draw_parts(
 ) -> dict[str, list[Any]]:  # name of a part → what stands in it, texts as HTML
     """What the page shows for a view."""
     before, after = (view.calibration.get(f"reliability_{when}") or [] for when in ("before", "after"))
-    plots = [reliability_plot(before, after)] if before else []
     return {
         "state": [state_html(view)],
         "tiles": [part for part in (notice_html(view), tiles_html(view)) if part],
-        "calibration": [calibration_text(view.calibration), *plots],
-        "drift": [drift_text(view.drift), *([drift_plot(view.drift)] if view.drift.get("series") else [])],
+        "calibration": [calibration_text(view.calibration), *_drawn(bool(before), reliability_plot, before, after)],
+        "drift": [drift_text(view.drift), *_drawn(bool(view.drift.get("series")), drift_plot, view.drift)],
         "runs": [runs_html(view)],
         "models": [models_html(view)],
         "waiting": [waiting_html(view)],
     }
+
+
+def _drawn(is_wanted: bool, draw: Callable[..., Any], *figures: Any) -> list[Any]:
+    """A plot, none, or a sentence where the figures of a run are not what they should be."""
+    try:
+        return [draw(*figures)] if is_wanted else []
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return ['<p class="notice">The figures of the newest run are not of the kind that is drawn here.</p>']
 
 
 def overview_page(
@@ -161,7 +169,7 @@ def overview_page(
     with needs_extra("apps"):
         import panel as pn
     parts = {name: pn.Column(sizing_mode="stretch_width", margin=0) for name in PARTS}
-    button = pn.widgets.Button(name="Refresh", margin=0, width=84, stylesheets=[_BUTTON])
+    button = pn.widgets.Button(label="Refresh", margin=0, width=84, stylesheets=[_BUTTON])
     drawn: list[Overview] = []
 
     def refresh(_: Any = None) -> None:

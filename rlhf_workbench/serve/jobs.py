@@ -166,7 +166,7 @@ def write_html(
     """The notebook as one HTML page without code: what a reader of the report wants."""
     with needs_extra("jobs"):
         from nbconvert import HTMLExporter
-    exporter = HTMLExporter(exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True)
+    exporter = HTMLExporter(exclude_input=True, exclude_raw=True, exclude_input_prompt=True, exclude_output_prompt=True)
     page, _ = exporter.from_filename(str(notebook))
     target = notebook.with_suffix(".html")
     target.write_text(page, encoding="utf-8")

@@ -1,0 +1,403 @@
+"""The portal's parts and the labellers, without a browser."""
+
+import http.client
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("panel", reason="needs the extra apps: pip install 'rlhf_workbench[apps]'")
+
+from rlhf_workbench.apps.annotate import LabelSession, annotate_view, label_widget, progress_text, session_html
+from rlhf_workbench.apps.main import portal_server
+from rlhf_workbench.apps.overview import (
+    calibration_text,
+    drift_plot,
+    drift_text,
+    format_value,
+    models_html,
+    plain_label,
+    read_overview,
+    reliability_plot,
+    runs_html,
+    table_html,
+    tiles_html,
+    waiting_html,
+)
+from rlhf_workbench.apps.portal import StoreWatch, draw_parts, overview_page
+from rlhf_workbench.collect.queue import add_items, next_task, submit
+from rlhf_workbench.core.errors import StateError
+from rlhf_workbench.core.schema import Annotation, Comparison, Generation, Model, Prompt, Proposal, Run, RunEnd
+from rlhf_workbench.govern.approval import decide
+from rlhf_workbench.store.tables import Store, connect
+
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+BINS = [{"lo": 0.5, "hi": 1.0, "n": 9, "confidence": 0.8, "accuracy": 0.7, "accuracy_lo": 0.4, "accuracy_hi": 0.9}]
+SERIES = {"index": [-2, -1, 0, 1], "value": [0.1, 0.2, 0.5, 0.9], "alarms": [1]}
+
+
+def finished(store: Store, kind: str, figures: dict[str, Any], status: Any = "done") -> None:
+    run = Run(kind=kind, key=kind, seed=0)
+    store.append([run, RunEnd(run_id=run.id, status=status, figures=figures)])
+
+
+def pairs(store: Store, n: int, text: str = "question") -> list[str]:
+    """n comparisons; the first answer is called `good`, the second `bad`."""
+    for i in range(n):
+        prompt = Prompt(text=f"{text} {i}")
+        first, second = (Generation(prompt_id=prompt.id, text=t) for t in ("good", "bad"))
+        store.append([prompt, first, second, Comparison(prompt_id=prompt.id, first_id=first.id, second_id=second.id)])
+    return [c.id for c in store.records(Comparison)]
+
+
+# What the page reads
+
+
+def test_newest_finished_run_is_shown_and_failed_ones_are_not() -> None:
+    with connect(":memory:") as store:
+        finished(store, "calibrate_model", {"ece_after": 0.2})
+        finished(store, "calibrate_model", {"ece_after": 0.1})
+        finished(store, "calibrate_model", {}, status="failed")
+        view = read_overview(store)
+        assert view.calibration == {"ece_after": 0.1}
+        assert view.runs["status"].tolist() == ["failed", "done", "done"]
+        assert 'class="status failed">failed' in runs_html(view)
+
+
+def test_corrected_votes_count_once_and_decided_proposals_do_not_wait() -> None:
+    with connect(":memory:") as store:
+        vote = Annotation(comparison_id="c", annotator_id="ada", label="first")
+        proposal, other = (Proposal(action="retrain", reason=r, fingerprint=r) for r in ("drift", "error"))
+        store.append([vote, Annotation(**vars(vote) | {"id": "x", "replaces": vote.id}), proposal, other])
+        decide(store, proposal.id, "rejected", reason="seasonal", actor="ada")
+        view = read_overview(store)
+        assert view.counts["annotation"] == 1
+        assert view.waiting["id"].tolist() == [other.id]
+
+
+def test_an_unfinished_run_is_shown_as_such() -> None:
+    with connect(":memory:") as store:
+        store.append(Run(kind="train_reward", key="k", seed=0))
+        assert 'class="status unfinished">unfinished' in runs_html(read_overview(store))
+
+
+def test_only_the_last_runs_are_read() -> None:
+    with connect(":memory:") as store:
+        for i in range(30):
+            finished(store, f"step_{i}", {"n": i})
+        assert read_overview(store, last=5).runs["step"].tolist() == [f"step_{i}" for i in range(29, 24, -1)]
+
+
+def test_the_empty_store_says_what_to_do_next() -> None:
+    with connect(":memory:") as store:
+        parts = draw_parts(read_overview(store))
+    assert "rlhfw demo" in parts["tiles"][0]
+    assert all(len(content) == 1 for content in parts.values())  # no plot
+
+
+def test_texts_of_strangers_are_escaped_everywhere() -> None:
+    with connect(":memory:") as store:
+        store.append([Prompt(text=ATTACK, topic=ATTACK), Model(name=ATTACK, kind="reward", figures={ATTACK: ATTACK})])
+        store.append([Proposal(action=ATTACK, reason=ATTACK, fingerprint="f")])
+        finished(store, ATTACK, {ATTACK: ATTACK})
+        finished(store, "calibrate_model", {"ece_before": ATTACK, "temperature": ATTACK})
+        finished(store, "watch_drift", {"first_alarm": 3, "confirmed_streams": {ATTACK: 2}, "votes": 9})
+        view = read_overview(store)
+    texts = [runs_html(view), models_html(view), waiting_html(view), tiles_html(view)]
+    texts += [calibration_text(view.calibration), drift_text(view.drift), table_html(view.models, {"name": ATTACK})]
+    assert not [text for text in texts if "<script" in text or "<img" in text]
+    assert sum("&lt;script&gt;" in text for text in texts) == 6
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(None, "–"), (float("nan"), "–"), (0.071234, "0.0712"), (0, "0"), (1234567, "1,234,567"), (["a"], "['a']")],
+)
+def test_values_are_short(value: object, shown: str) -> None:
+    assert format_value(value) == shown
+
+
+def test_plots_draw_what_the_figures_say() -> None:
+    layers = [type(layer).__name__ for layer in reliability_plot(BINS, BINS)]
+    assert layers == ["Curve", *["Curve", "ErrorBars", "Scatter"] * 2]
+    plot = drift_plot({"series": {"loud": SERIES, "quiet": SERIES | {"alarms": []}}})
+    assert [type(layer).__name__ for layer in plot] == ["VSpan", "Path", "Curve", "Scatter"]
+    marks = list(plot)[-1]
+    assert marks.dimension_values("at").tolist() == [1]
+    assert marks.dimension_values("value").tolist() == [0.9]
+
+
+def test_a_legend_is_no_mathematics() -> None:
+    assert "$$" not in plain_label("$$\\text{x}$$")
+    assert len(plain_label("x" * 200)) == 40
+
+
+def test_no_alarm_is_good_news() -> None:
+    figures = {"first_alarm": None, "confirmed_streams": {}, "votes": 900, "control_confirmed": 1}
+    assert drift_text(figures) == "<p><b>No confirmed alarm</b>, in 900 votes; 1 false alarm in the control.</p>"
+
+
+@pytest.mark.parametrize("figures", [{"reliability_before": [{"confidence": 1}]}, {"reliability_before": "text"}])
+def test_figures_of_another_kind_do_not_break_the_page(figures: dict[str, Any]) -> None:
+    with connect(":memory:") as store:
+        finished(store, "calibrate_model", figures)
+        finished(store, "watch_drift", {"series": {"a": {}}})
+        parts = draw_parts(read_overview(store))
+    assert "not of the kind" in parts["calibration"][1]
+    assert "not of the kind" in parts["drift"][1]
+
+
+# Looking again and again
+
+
+@contextmanager
+def writer(path: Path, code: str = "") -> Iterator[None]:
+    """Another process that has the store open for writing."""
+    program = f"""
+import sys
+from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store.tables import connect
+store = connect({str(path)!r})
+{code}
+print("open", flush=True)
+sys.stdin.read()
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True)
+    assert process.stdout
+    try:
+        assert process.stdout.readline() == "open\n"
+        yield
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_busy_store_keeps_the_last_view(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    with connect(path) as store:
+        store.append(Prompt(text="one"))
+    watch = StoreWatch(path)
+    assert watch.look().counts == {"prompt": 1}
+    with writer(path, "store.append(Prompt(text='two'))"):
+        view = watch.look()
+        assert view.counts == {"prompt": 1}
+        assert view.notice.startswith("The store is busy: another process is writing")
+        assert watch.look() is view
+    assert watch.look().counts == {"prompt": 2}  # the writer was killed; its log is read
+    assert watch.look().notice == ""
+
+
+def test_a_watch_lets_others_write(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    connect(path).close()
+    watch = StoreWatch(path)
+    watch.look()
+    with writer(path):
+        pass
+
+
+@pytest.mark.parametrize(("content", "problem"), [(None, "there is no store"), ("x" * 9000, "cannot open")])
+def test_a_store_out_of_reach_is_named(tmp_path: Path, content: str | None, problem: str) -> None:
+    path = tmp_path / "s.duckdb"
+    if content:
+        path.write_text(content)
+    view = StoreWatch(path).look()
+    assert problem in view.notice
+    assert overview_page(StoreWatch(path))
+    assert "notice" in draw_parts(view)["tiles"][0]
+    assert len(draw_parts(view)["tiles"]) == 1
+
+
+# Serving
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(StateError, match=rf"port {port}.*--port"):
+            portal_server("nowhere.duckdb", port=port)
+
+
+@pytest.fixture(scope="module")
+def portal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The link of a served portal, and its process."""
+    path = tmp_path_factory.mktemp("portal") / "s.duckdb"
+    connect(path).close()
+    code = f"from rlhf_workbench.apps.main import serve_portal; serve_portal({str(path)!r}, port=0, open_browser=False)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
+    assert process.stdout
+    try:
+        line = process.stdout.readline()
+        yield line.split()[4], process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.server
+def test_the_page_asks_nobody_else(portal: tuple[str, Any]) -> None:
+    with urllib.request.urlopen(portal[0], timeout=30) as answer:
+        page = answer.read().decode()
+    assert "<title>RLHF Workbench</title>" in page
+    assert "Content-Security-Policy" in page
+    assert "https://" not in page
+    assert portal[0].startswith("http://127.0.0.1:")
+
+
+def _ask_for_socket(link: str, origin: str) -> int:
+    """The status that the websocket's address answers with."""
+    headers = {"Origin": origin, "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
+    headers |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    connection = http.client.HTTPConnection(link.split("/")[2], timeout=30)
+    try:
+        connection.request("GET", "/ws", headers=headers)
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+@pytest.mark.server
+def test_another_site_gets_no_data(portal: tuple[str, Any]) -> None:
+    assert _ask_for_socket(portal[0], "http://evil.example") == 403
+    assert _ask_for_socket(portal[0], portal[0].rstrip("/")) != 403
+
+
+@pytest.mark.server
+def test_ctrl_c_closes_the_portal(portal: tuple[str, subprocess.Popen[str]]) -> None:
+    process = portal[1]
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out.strip()) == (0, "The portal is closed.")
+    assert "KeyboardInterrupt" not in err
+
+
+# Labelling
+
+
+def clicks(shell: str, view: Any, name: str) -> None:
+    if shell == "widget":
+        view.buttons[name].click()
+    else:
+        view.buttons[name].clicks += 1
+
+
+@pytest.fixture(params=["widget", "page"])
+def shell(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def labeller(shell: str, store: Store, who: str = "ada") -> Any:
+    return (label_widget if shell == "widget" else annotate_view)(store, "q", who)
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    with connect(":memory:") as opened:
+        add_items(opened, "q", pairs(opened, 3))
+        yield opened
+
+
+def test_what_is_clicked_is_stored_in_the_comparisons_order(shell: str, store: Store) -> None:
+    view = labeller(shell, store)
+    while view.session.task:
+        clicks(shell, view, "left" if view.session.task.left == "good" else "right")
+    votes = store.records(Annotation)
+    assert [v.label for v in votes] == ["first"] * 3
+    assert all(v.annotator_id == "ada" and v.seconds is not None and v.reason is None for v in votes)
+    assert all(view.buttons[name].disabled for name in ("left", "tie", "right", "skip"))
+    assert "Nothing is left" in session_html(view.session)
+
+
+def test_the_last_answer_can_be_taken_back_also_at_the_end(shell: str, store: Store) -> None:
+    view = labeller(shell, store)
+    assert view.buttons["undo"].disabled
+    view.reason.value = "clear"
+    for name in ("left", "tie", "skip", "undo", "undo", "undo"):
+        clicks(shell, view, name)
+    assert view.buttons["undo"].disabled
+    assert view.reason.value == "clear"
+    view.reason.value = "on second thoughts"
+    clicks(shell, view, "right")
+    assert view.session.task is None  # the other two keep their answers
+    assert view.reason.value == ""
+    first, *rest = sorted(store.records(Annotation), key=lambda a: a.comparison_id)
+    assert first.reason == "on second thoughts"
+    assert [a.label for a in rest] == ["tie", "skip"]
+    assert store.sql("SELECT count(*) AS n FROM annotation")["n"][0] == 4
+    assert progress_text(view.session) == "You have answered 3 · the queue has 2 of 3 answers"
+
+
+def test_undo_in_the_middle_gives_the_held_task_back(shell: str, store: Store) -> None:
+    view = labeller(shell, store)
+    clicks(shell, view, "left")
+    held = view.session.task
+    clicks(shell, view, "undo")
+    clicks(shell, view, "tie")
+    assert view.session.task.lease_id == held.lease_id
+
+
+def test_the_texts_are_escaped(shell: str) -> None:
+    with connect(":memory:") as store:
+        prompt = Prompt(text="x", messages=[{"role": ATTACK, "content": ATTACK}])
+        first, second = (Generation(prompt_id=prompt.id, text=ATTACK) for _ in range(2))
+        pair = Comparison(prompt_id=prompt.id, first_id=first.id, second_id=second.id)
+        store.append([prompt, first, second, pair])
+        add_items(store, "q", [pair.id])
+        shown = session_html(labeller(shell, store).session)
+    assert "<script" not in shown
+    assert "<img" not in shown
+    assert shown.count("&lt;script&gt;") == 4
+
+
+def test_an_answer_whose_place_was_given_away_is_explained(store: Store) -> None:
+    session = LabelSession(store, "q", "ada")
+    assert session.task
+    lapsed = next_task(store, "q", "ben", lease_s=-1)
+    assert lapsed
+    session.task = lapsed  # ada's screen shows a task whose lease has lapsed
+    taken = next_task(store, "q", "cleo")
+    assert taken
+    assert taken.comparison_id == lapsed.comparison_id
+    submit(store, taken.lease_id, "tie")
+    assert session.answer("left") is None
+    assert "could not count" in session.notice
+    assert "given away" in session_html(session)
+    assert session.task
+    assert not session.can_undo
+
+
+def test_two_people_label_at_once(tmp_path: Path) -> None:
+    with connect(tmp_path / "s.duckdb") as store:
+        add_items(store, "q", pairs(store, 20), overlap=1)
+
+        def work(who: str) -> None:
+            session = LabelSession(store, "q", who)
+            while session.task:
+                session.answer("tie")
+
+        workers = [threading.Thread(target=work, args=(who,)) for who in ("ada", "ben", "cleo")]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        votes = store.records(Annotation)
+        assert len(votes) == len({v.comparison_id for v in votes}) == 20
+        assert store.verify().is_intact
+
+
+def test_nothing_left_and_nothing_to_undo_are_errors(store: Store) -> None:
+    session = LabelSession(store, "empty", "ada")
+    with pytest.raises(StateError, match="nothing left for ada"):
+        session.answer("left")
+    with pytest.raises(StateError, match="no answer to take back"):
+        session.undo()
