@@ -258,9 +258,9 @@ def plot_reliability(
     for part, name, colour in ((table, "before", "tab:red"), (after, "after", "tab:blue")):
         if part is None or part.empty:
             continue
-        whiskers = [part["accuracy"] - part["accuracy_lo"], part["accuracy_hi"] - part["accuracy"]]
+        x, y, lo, hi = part[["confidence", "accuracy", "accuracy_lo", "accuracy_hi"]].to_numpy().T
         label = name if after is not None else None
-        axes.errorbar(part["confidence"], part["accuracy"], whiskers, fmt="o-", ms=4, lw=1, color=colour, label=label)
+        axes.errorbar(x, y, [y - lo, hi - y], fmt="o-", ms=4, lw=1, color=colour, label=label)
     if after is not None:
         axes.legend(frameon=False)
     axes.set(xlim=(table["lo"].min(), 1), ylim=(0, 1), xlabel="confidence", ylabel="accuracy", title=title)

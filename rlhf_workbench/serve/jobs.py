@@ -9,6 +9,7 @@ __all__ = ['Parameter', 'Job', 'jobs_folder', 'read_job', 'find_jobs', 'find_job
 
 # %% ../../nbs/serve/00_jobs.ipynb #93741278
 import ast
+import html
 import json
 import sys
 from dataclasses import dataclass
@@ -160,14 +161,27 @@ def _new_folder(out: Path, name: str) -> Path:
         return folder
 
 
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+body {{ font: 16px/1.55 system-ui, sans-serif; color: #1c2733; max-width: 46rem; margin: 2.5rem auto; padding: 0 1rem; }}
+h1, h2 {{ line-height: 1.25; }} h2 {{ margin-top: 2.6rem; border-top: 1px solid #dfe5ea; padding-top: 1.4rem; }}
+blockquote {{ margin: 0; color: #5b6b7b; font-size: 1.1rem; }} img {{ max-width: 100%; }} a.anchor-link {{ display: none; }}
+table {{ border-collapse: collapse; font-size: .85rem; display: block; overflow-x: auto; margin: 1rem 0; }}
+td, th {{ padding: .3rem .7rem; text-align: left; border-bottom: 1px solid #dfe5ea; vertical-align: top; }}
+pre {{ overflow-x: auto; background: #f5f7f9; padding: .6rem; font-size: .85rem; }}
+</style></head><body>{body}</body></html>
+"""
+
+
 def write_html(
     notebook: Path,
 ) -> Path:  # beside the notebook
-    """The notebook as one HTML page without code: what a reader of the report wants."""
+    """The notebook as one page without code and without anything from elsewhere: what a reader of the report wants."""
     with needs_extra("jobs"):
         from nbconvert import HTMLExporter
-    exporter = HTMLExporter(exclude_input=True, exclude_raw=True, exclude_input_prompt=True, exclude_output_prompt=True)
-    page, _ = exporter.from_filename(str(notebook))
+    exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_raw=True)
+    body, _ = exporter.from_filename(str(notebook))
     target = notebook.with_suffix(".html")
-    target.write_text(page, encoding="utf-8")
+    target.write_text(_PAGE.format(title=html.escape(notebook.stem), body=body), encoding="utf-8")
     return target
