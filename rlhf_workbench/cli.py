@@ -210,21 +210,24 @@ def model(name: str, store: Path, as_json: bool) -> None:
 @app.verb("Data", "import")
 @shared
 @click.argument("file", type=_FILE)
-@click.option("--format", "layout", help="trl, kto, openai, ultrafeedback, hh …, when it cannot be seen.")
+@click.option("--format", "layout", help="trl, trl-chat, kto, openai, ultrafeedback, hh-rlhf …; default: as it looks.")
 @click.option("--dataset", help="Its name in the store; default: the file's.")
-def import_preferences(file: Path, layout: str | None, dataset: str | None, store: Path, as_json: bool) -> None:
+@click.option("--skip-empty", is_flag=True, help="Leave out rows with an empty answer instead of stopping there.")
+def import_preferences(
+    file: Path, layout: str | None, dataset: str | None, skip_empty: bool, store: Path, as_json: bool
+) -> None:
     """Read preferences in TRL, KTO, OpenAI, UltraFeedback or hh-rlhf form.
 
     Example: rlhfw import pairs.jsonl --dataset pilot
     """
     from rlhf_workbench.store.exchange import import_file
-
     from rlhf_workbench.store.tables import connect
 
     _existing(file)
     with connect(store) as opened:
-        report = import_file(opened, file, format=layout, dataset=dataset)
-    _say(as_json, asdict(report), f"{report.n_rows} rows of {report.format} are now dataset {report.dataset!r}")
+        report = import_file(opened, file, format=layout, dataset=dataset, skip_empty=skip_empty)
+    said = f"{report.n_rows} rows of {report.format} are now dataset {report.dataset!r}"
+    _say(as_json, asdict(report), "\n".join([said, *report.notes]))
 
 
 @app.verb("Data", "export")
@@ -232,18 +235,28 @@ def import_preferences(file: Path, layout: str | None, dataset: str | None, stor
 @click.argument("name")
 @click.argument("file", type=_FILE)
 @click.option("--format", "layout", help="Default: the form in which it came.")
+@click.option("--labels", type=click.Choice(["consensus"]), help="What people agreed on, not what came with the rows.")
+@click.option("--allow-loss", is_flag=True, help="Write also what the other form cannot say in full.")
 @click.option("--overwrite", is_flag=True, help="Replace the file when it is there.")
-def export_preferences(name: str, file: Path, layout: str | None, overwrite: bool, store: Path, as_json: bool) -> None:
+def export_preferences(
+    name: str,
+    file: Path,
+    layout: str | None,
+    labels: Any,
+    allow_loss: bool,
+    overwrite: bool,
+    store: Path,
+    as_json: bool,
+) -> None:
     """Write a dataset or a snapshot (NAME or NAME@HASH) to a file.
 
     Example: rlhfw export pilot pairs.jsonl --format openai
     """
     from rlhf_workbench.store.exchange import export_dataset
-
     from rlhf_workbench.store.tables import connect
 
     with connect(store, read_only=True) as opened:
-        n = export_dataset(opened, name, file, format=layout, overwrite=overwrite)
+        n = export_dataset(opened, name, file, format=layout, labels=labels, allow_loss=allow_loss, overwrite=overwrite)
     _say(as_json, {"name": name, "file": file, "rows": n}, f"{n} rows written to {file}")
 
 

@@ -114,7 +114,7 @@ def read_json(
 ) -> Any:
     """A JSON value; raises `InputError` that says where the text goes wrong."""
     try:
-        return _DECODER.decode(text)
+        return _DECODER.decode(text.rstrip())
     except json.JSONDecodeError as error:
         where = f"column {error.colno}" if error.lineno == 1 else f"line {error.lineno}, column {error.colno}"
         raise InputError(f"not JSON at {where}: {error.msg}") from error
