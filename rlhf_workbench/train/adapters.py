@@ -136,6 +136,7 @@ def trainer_settings(
     epochs: float,
     max_steps: int | None,  # None: as many as the epochs need
     max_length: int,  # tokens
+    shuffle: bool = True,  # False: the rows are shown in their order
 ) -> dict[str, Any]:  # arguments of RewardConfig and DPOConfig
     """How a TRL trainer is set up here; raises `InputError` when a value is out of its range."""
     with needs_extra("train"):
@@ -148,6 +149,7 @@ def trainer_settings(
     fixed |= {"gradient_checkpointing": False, "dataloader_pin_memory": False, "use_cpu": not torch.cuda.is_available()}
     schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "learning_rate": learning_rate}
     schedule |= {"num_train_epochs": epochs, "max_steps": -1 if max_steps is None else max_steps}
+    schedule |= {"train_sampling_strategy": "random" if shuffle else "sequential"}
     sizes = {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
     return (
         fixed
