@@ -97,6 +97,7 @@ def select_pairs(
     if strategy == "random":
         return order[:k]
     if strategy == "entropy":
-        return order[np.argsort(-preference_entropy(np.asarray(p_first)[order]), kind="stable")[:k]]
-    picked = _greedy(z[order], k, known_matrix(asked, z.shape[1], ridge))
+        picked = np.argsort(-preference_entropy(np.asarray(p_first)[order]), kind="stable")[:k].tolist()
+    else:
+        picked = _greedy(z[order], k, known_matrix(asked, z.shape[1], ridge))
     return np.asarray(order[picked], dtype=np.int64)
