@@ -32,7 +32,7 @@ setup(
     # The job notebooks are documentation and programs at once, so the wheel carries them.
     packages=[*find_packages(include=["rlhf_workbench", "rlhf_workbench.*"]), "rlhf_workbench._jobs"],
     package_dir={"rlhf_workbench._jobs": "nbs/jobs"},
-    package_data={"rlhf_workbench": ["py.typed", "data/*"], "rlhf_workbench._jobs": ["*.ipynb"]},
+    package_data={"rlhf_workbench": ["py.typed", "data/*", "data/mappings/*"], "rlhf_workbench._jobs": ["*.ipynb"]},
     install_requires=lines("requirements"),
     extras_require=extras,
     entry_points={

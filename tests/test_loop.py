@@ -199,14 +199,13 @@ def test_a_strange_prompts_file(content: bytes, said: str, tmp_path: Path) -> No
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data, which a user's clone does not have")
 def test_people_s_votes(tmp_path: Path) -> None:
-    mapping = Path(__file__).parents[1] / "nbs" / "tutorials" / "ukpconvarg1.yaml"
     tables = [f"--{name}={DATA}/ukpconvarg1_{table}.parquet" for name, table in (("data", "pairs"), ("votes", "votes"))]
-    rlhfw(tmp_path, "demo", "--fast", *tables, f"--mapping={mapping}")
+    rlhfw(tmp_path, "demo", "--fast", *tables)
     with connect(tmp_path / "workbench.duckdb", read_only=True) as store:
         counts = store.counts()
         assert counts["comparison"] == 10_749
         assert store.sql("SELECT count(*) AS n FROM annotation WHERE annotator_id <> 'gold'")["n"][0] == 53_630
         found = {run.kind: end.figures for run in store.records(Run) for end in store.records(RunEnd, run_id=run.id)}
     assert found["build_consensus"]["accuracy"] > 0.85
-    assert abs(found["train_reward"]["tfidf"] - 0.829) < 0.015
-    assert abs(found["train_reward"]["always_longer"] - 0.772) < 0.005
+    assert abs(found["train_reward"]["tfidf_accuracy"] - 0.829) < 0.015
+    assert abs(found["train_reward"]["longer_accuracy"] - 0.772) < 0.005

@@ -175,7 +175,7 @@ def watch_features(
     *,
     run_id: str | None = None,
     window: int | None = None,  # comparisons, at least 25; None: half of the control, at least 40, at most 500
-    fdr: float = 0.01,  # false discovery rate over the features of a window
+    fdr: float = 0.005,  # false discovery rate over the features of a window
 ) -> list[DriftEvent]:  # in the order of the stream
     """The alarms on what the comparisons are about."""
     n_control = int(rows["is_control"].sum())
@@ -231,7 +231,7 @@ def watch_votes(
     within: int = 30,  # values that an alarm waits for company
     min_control: int = 30,  # comparisons, and votes of an annotator, that the control needs
     window: int | None = None,  # see watch_features
-    fdr: float = 0.01,  # see watch_features
+    fdr: float = 0.005,  # see watch_features
 ) -> tuple[list[DriftEvent], dict[str, pd.DataFrame]]:  # the alarms in order of time, and the streams of disagreement
     """Look for drift in votes; raises `InputError` when there is not enough data."""
     votes = votes.assign(order=np.arange(len(votes)))

@@ -12,6 +12,7 @@ import ast
 import html
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,23 +126,25 @@ def run_job(
         import papermill
         from papermill.exceptions import PapermillExecutionError
         from traitlets.config import Config
-    folder = _new_folder(out, job.name)
-    target = folder / f"{job.name}.ipynb"
-    try:
-        papermill.execute_notebook(
-            job.path,
-            target,
-            params,
-            kernel_name="python3",
-            language="python",
-            progress_bar={"leave": False} if sys.stderr.isatty() else False,
-            cwd=str(Path.cwd()),
-            request_save_on_cell_execute=True,
-            config=Config({"KernelManager": {"transport": "ipc"}}),  # no port that others could listen on
-        )
-    except PapermillExecutionError as error:
-        kind = getattr(errors, error.ename, StateError)
-        raise kind(f"{error.evalue} (job {job.name}, cell {error.exec_count}; the copy so far: {target})") from error
+    target = _new_folder(out, job.name) / f"{job.name}.ipynb"
+    with tempfile.TemporaryDirectory(prefix="rlhfw-") as sockets:  # no port that others could listen on
+        wires = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+        try:
+            papermill.execute_notebook(
+                job.path,
+                target,
+                params,
+                kernel_name="python3",
+                language="python",
+                progress_bar={"leave": False} if sys.stderr.isatty() else False,
+                cwd=str(Path.cwd()),
+                request_save_on_cell_execute=True,
+                config=wires,
+            )
+        except PapermillExecutionError as error:
+            kind = getattr(errors, error.ename, StateError)
+            where = f"job {job.name}, cell {error.exec_count}; the copy so far: {target}"
+            raise kind(f"{error.evalue} ({where})") from error
     write_html(target)
     return target
 

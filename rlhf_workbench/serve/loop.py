@@ -18,8 +18,9 @@ from ..core.errors import InputError
 class LoopSize:
     """How much each step does."""
 
-    prompts: int | None  # None: all
-    settings: list[dict[str, Any]]  # two, for the two candidate answers
+    prompts: int | None = None  # None: all
+    settings: list[dict[str, Any]] = field(default_factory=list)  # two, for the two candidate answers
+    snapshot: dict[str, Any] = field(default_factory=dict)  # arguments of freeze_snapshot
     reward: dict[str, Any] = field(default_factory=dict)  # arguments of train_reward
     policy: dict[str, Any] = field(default_factory=dict)  # arguments of train_policy
 
@@ -33,11 +34,21 @@ def _candidates(max_new_tokens: int) -> list[dict[str, Any]]:
 SIZES = {
     "full": LoopSize(None, _candidates(48)),
     "fast": LoopSize(90, _candidates(16), policy={"max_steps": 8, "max_new_tokens": 16}),
+    "human_full": LoopSize(
+        snapshot={"calibration_share": 0.1},
+        reward={"method": "frozen", "max_pairs": 2000},
+        policy={"max_steps": 12, "max_pairs": 48, "max_test_pairs": 40, "n_prompts": 2},
+    ),
+    "human_fast": LoopSize(
+        snapshot={"calibration_share": 0.1},
+        reward={"method": "frozen", "max_pairs": 500},
+        policy={"max_steps": 4, "max_pairs": 16, "max_test_pairs": 20, "n_prompts": 2, "max_new_tokens": 16},
+    ),
 }
 
 
 def loop_size(
-    name: str,  # full or fast
+    name: str,  # full, fast, human_full or human_fast
 ) -> LoopSize:
     """The size of this name; raises `InputError`."""
     if name not in SIZES:

@@ -36,7 +36,13 @@ from rlhf_workbench.train.adapters import (
     write_model,
 )
 from .baselines import Floats, pairwise_accuracy
-from .data import decided_rows, distinct_answers, preference_dataset, read_snapshot, token_ids
+from rlhf_workbench.train.data import (
+    decided_rows,
+    distinct_answers,
+    preference_dataset,
+    read_snapshot,
+    token_ids,
+)
 from .frozen import Item, read_rows
 from .reward import score_answers
 
@@ -138,6 +144,15 @@ def load_policy(
         )
 
 # %% ../../nbs/train/05_preference.ipynb #09bb585a
+def _with_room(rows: pd.DataFrame, tokenizer: Any, max_length: int) -> pd.DataFrame:
+    """The pairs whose prompt leaves room for an answer."""
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in rows["prompt"]]
+    fits = [len(ids) < max_length for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    if not any(fits):
+        raise InputError(f"none of {len(rows)} prompts is shorter than max_length = {max_length} tokens; raise it")
+    return rows[fits]
+
+
 def fit_dpo(
     rows: pd.DataFrame,  # prompt, chosen, rejected, p_chosen: to learn from
     base: str,  # a folder or a hub id
@@ -147,8 +162,8 @@ def fit_dpo(
     rank: int = 8,
     max_length: int = 256,  # tokens of prompt and answer
     dtype: str = "auto",
-    **schedule: Any,  # epochs, max_steps, batch_size, learning_rate
-) -> tuple[Policy, dict[str, Any]]:  # the policy; losses
+    **schedule: Any,  # epochs, max_steps, batch_size, learning_rate, shuffle
+) -> tuple[Policy, dict[str, Any]]:  # the policy; losses, train_accuracy over the last quarter, pairs_trained, tokens
     """Train a policy with TRL's DPOTrainer."""
     if not beta > 0:
         raise InputError(f"beta must be above 0, got {beta}")
@@ -160,6 +175,7 @@ def fit_dpo(
     common = trainer_settings(seed=seed, dtype=number, max_length=max_length, **schedule)
     set_seed(seed)
     model, tokenizer = load_base(base, "AutoModelForCausalLM", dtype=torch.float32)
+    rows = _with_room(rows, tokenizer, max_length)
     with TemporaryDirectory() as scratch, quiet_libraries():
         trainer = DPOTrainer(
             model=model,
@@ -169,28 +185,35 @@ def fit_dpo(
             peft_config=lora_settings("CAUSAL_LM", rank),
         )
         steps = run_trainer(trainer, "training the policy")
-    return Policy(base, trainer.model, tokenizer, max_length, number), loss_figures(steps)
+    last = [step["rewards/accuracies"] for step in steps[-max(1, len(steps) // 4) :]]
+    figures = loss_figures(steps) | {"train_accuracy": float(np.mean(last)), "pairs_trained": len(rows)}
+    figures["input_tokens"] = int(steps[-1]["num_tokens"])
+    return Policy(base, trainer.model, tokenizer, max_length, number), figures
 
 # %% ../../nbs/train/05_preference.ipynb #f568d185
 def margin_figures(
     policy: Policy,
     rows: pd.DataFrame,  # held-out: prompt, chosen, rejected
     beta: float,
-) -> dict[str, Any]:
-    """The implicit reward on held-out pairs, before (which is its own reference) and after."""
+) -> dict[str, Any]:  # margin first; margin_before is 0, because the policy was its own reference
+    """The implicit reward on held-out pairs, before and after."""
     items, (pairs,) = distinct_answers(rows)
     after, before = (policy.log_probabilities(items, with_adapter=is_on)[pairs] for is_on in (True, False))
-    margins = implicit_margins(after, before, beta)
+    margins, change = implicit_margins(after, before, beta), (after - before).mean(axis=0)
+    half = 1.96 * float(margins.std(ddof=1)) / len(rows) ** 0.5 if len(rows) > 1 else float("inf")
     return {
         "margin": float(margins.mean()),
+        "margin_interval": [float(margins.mean()) - half, float(margins.mean()) + half] if len(rows) > 1 else None,
         "margin_before": 0.0,
         "margin_positive": pairwise_accuracy(margins),
         "likelier_before": pairwise_accuracy(before[:, 0] - before[:, 1]),
         "likelier_after": pairwise_accuracy(after[:, 0] - after[:, 1]),
+        "chosen_change": float(change[0]),
+        "rejected_change": float(change[1]),
         "pairs_tested": len(rows),
     }
 
-
+# %% ../../nbs/train/05_preference.ipynb #e5e2d27a
 def answer_figures(
     store: Store,
     policy: Policy,
@@ -208,14 +231,15 @@ def answer_figures(
         for p, b, a in zip(prompts, *answers.values(), strict=True)
     ]
     changed = sorted(rows, key=lambda row: row["before"] == row["after"])  # those that show something first
-    figures: dict[str, Any] = {"examples": changed[:2], "answers_changed": sum(r["before"] != r["after"] for r in rows)}
+    n_changed = sum(row["before"] != row["after"] for row in rows)
+    figures: dict[str, Any] = {"examples": changed[:2], "answers_changed": n_changed, "prompts_tested": len(rows)}
     if reward_model_id:
         items = [(p, text) for said in answers.values() for p, text in zip(prompts, said, strict=True)]
         before, after = np.split(score_answers(store, reward_model_id, items), 2)
         figures |= {"reward_before": float(before.mean()), "reward_after": float(after.mean())}
     return figures
 
-# %% ../../nbs/train/05_preference.ipynb #e5e2d27a
+# %% ../../nbs/train/05_preference.ipynb #f62b1b29
 def train_policy(
     store: Store,
     *,
@@ -250,7 +274,7 @@ def train_policy(
     train, test = decided_rows(rows, "train", max_pairs, seed), decided_rows(rows, "test", max_test_pairs, seed)
     policy, learnt = fit_dpo(train, base, seed=seed, **training)
     prompts = list({json.dumps(p): p for p in test["prompt"]}.values())[:n_prompts]
-    figures = margin_figures(policy, test, beta) | {"pairs_trained": len(train)}
+    figures = margin_figures(policy, test, beta)
     figures |= answer_figures(store, policy, prompts, reward_model_id, max_new_tokens) | learnt
     parent, new = base_model(store, base, run_id)
     parents = [parent.id, *([reward_model_id] if reward_model_id else [])]

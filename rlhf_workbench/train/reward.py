@@ -244,7 +244,9 @@ def train_reward(
     held = rows[rows["split"].isin(["calibration", "test"])]
     items, (pairs,) = distinct_answers(held)
     differences = -np.diff(model.score(items)[pairs], axis=1)[:, 0]
-    figures = held_out_figures(train, held, differences) | learnt | {"method": method}
+    everything = decided_rows(rows, "train")  # the baselines cost nothing, so they learn from all of it
+    figures = held_out_figures(everything, held, differences) | learnt
+    figures |= {"pairs_trained": len(train), "method": method}
     config = {"method": method, "base": base, "seed": seed} | shared | (training if method == "lora" else {})
     parent, new = base_model(store, base, run_id)
     made = Model(name=name, kind="reward", parents=[parent.id], snapshot_id=snapshot_id, run_id=run_id)
