@@ -254,3 +254,14 @@ def test_batches_go_into_two_queues_of_their_own() -> None:
         assert late > 0.6 > 0.3 > early
         named = enqueue_batches(store, run_id="x", seed=0, comparisons_run="pairs", queues=["one", "two"])
         assert named["queues"] == ["one", "two"]
+
+
+def test_nothing_changes_inside_a_batch() -> None:
+    """The two topics are spread over the first batch, or its end would look like a shift."""
+    topics = [t for t in "abcdef" for _ in range(25)]
+    places = []
+    for seed in range(200):
+        first, second = shifted_batches(topics, seed)
+        heavy = {topic for topic, _ in Counter(topics[i] for i in second).most_common(2)}
+        places += [place for place, i in enumerate(first) if topics[i] in heavy]
+    assert 46 < sum(places) / len(places) < 53

@@ -243,7 +243,8 @@ def shifted_batches(
     n_second = round(len(topics) * share)
     n_heavy = min(round(n_second * DOMINANCE), len(heavy))
     second = set(heavy[:n_heavy] + light[: n_second - n_heavy])
-    return [i for i in order if i not in second], [i for i in order if i in second]
+    again = rng.permutation(len(topics)).tolist()  # `order` has the rest of the two topics at its end
+    return [i for i in again if i not in second], [i for i in again if i in second]
 
 # %% ../../nbs/collect/04_simulate.ipynb #e9170113
 def enqueue_batches(
