@@ -17,17 +17,7 @@ from datetime import datetime, timedelta
 from typing import Literal, get_args
 
 from ..core.errors import InputError, StateError
-from rlhf_workbench.core.schema import (
-    Annotation,
-    Comparison,
-    Generation,
-    Label,
-    Lease,
-    Messages,
-    Prompt,
-    QueueItem,
-    utc_now,
-)
+from ..core.schema import Annotation, Label, Lease, Messages, QueueItem, utc_now
 from ..store.tables import Store
 
 # %% ../../nbs/collect/03_queue.ipynb #14b713d1

@@ -11,7 +11,6 @@ __all__ = ['CREW', 'TRUE_TIE', 'DOMINANCE', 'answer_traits', 'true_utility', 'Si
 # %% ../../nbs/collect/04_simulate.ipynb #787a8a5f
 import math
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +23,7 @@ from tqdm import tqdm
 from .queue import Choice, Task, add_items, next_task, submit
 from ..core.errors import InputError, MissingError
 from ..core.messages import question_text
-from ..core.schema import Annotation, Comparison, Generation, Label, Prompt, QueueItem, utc_now
+from ..core.schema import Annotation, Comparison, Label, Prompt, QueueItem, utc_now
 from ..store.tables import Store
 
 # %% ../../nbs/collect/04_simulate.ipynb #3055bde0
