@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 
 from ..core.errors import InputError, MissingError
 from ..core.schema import Messages, Model
@@ -44,7 +45,7 @@ from rlhf_workbench.train.data import (
     token_ids,
 )
 from .frozen import Item, read_rows
-from .reward import score_answers
+from .reward import reward_folder, score_answers
 
 # %% ../../nbs/train/05_preference.ipynb #39d0beda
 def implicit_margins(
@@ -105,6 +106,14 @@ class Policy:
         with_adapter: bool = True,  # False: the reference
     ) -> list[str]:
         """The likeliest answer word by word (greedy), so that two policies can be compared."""
+        texts: list[str] = []
+        with self._adapter(with_adapter), quiet_libraries():
+            for at in tqdm(range(0, len(prompts), 16), desc="answering", unit="batch", disable=None):
+                texts += self._answer_batch(prompts[at : at + 16], max_new_tokens)
+        return texts
+
+    def _answer_batch(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[str]:
+        """Answers to a few prompts."""
         import torch
 
         asked = [self.tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
@@ -113,10 +122,10 @@ class Policy:
         autocast = torch.autocast(device.type, dtype=getattr(torch, self.dtype), enabled=self.dtype == "bfloat16")
         settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": self.tokenizer.pad_token_id}
         self.model.eval()
-        with torch.inference_mode(), autocast, self._adapter(with_adapter), quiet_libraries():
-            rows = {name: rows[name].to(device) for name in ("input_ids", "attention_mask")}
-            made = self.model.generate(**rows, **settings, temperature=None, top_p=None, top_k=None)
-        texts = self.tokenizer.batch_decode(made[:, rows["input_ids"].shape[1] :], skip_special_tokens=True)
+        with torch.inference_mode(), autocast:
+            inputs = {name: rows[name].to(device) for name in ("input_ids", "attention_mask")}
+            made = self.model.generate(**inputs, **settings, temperature=None, top_p=None, top_k=None)
+        texts = self.tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
     def save(self, folder: Path) -> None:
@@ -200,10 +209,11 @@ def margin_figures(
     items, (pairs,) = distinct_answers(rows)
     after, before = (policy.log_probabilities(items, with_adapter=is_on)[pairs] for is_on in (True, False))
     margins, change = implicit_margins(after, before, beta), (after - before).mean(axis=0)
-    half = 1.96 * float(margins.std(ddof=1)) / len(rows) ** 0.5 if len(rows) > 1 else float("inf")
+    mean = float(margins.mean())
+    half = 1.96 * float(margins.std(ddof=1)) / len(rows) ** 0.5 if len(rows) > 1 else abs(mean)
     return {
-        "margin": float(margins.mean()),
-        "margin_interval": [float(margins.mean()) - half, float(margins.mean()) + half] if len(rows) > 1 else None,
+        "margin": mean,
+        "margin_interval": [mean - half, mean + half],
         "margin_before": 0.0,
         "margin_positive": pairwise_accuracy(margins),
         "likelier_before": pairwise_accuracy(before[:, 0] - before[:, 1]),
@@ -263,13 +273,10 @@ def train_policy(
     rank: int = 8,
 ) -> dict[str, Any]:  # margin first, then accuracies, examples, losses; model_id
     """Train a policy on a snapshot by DPO; raises `InputError` when the snapshot has nothing to train or test on."""
-    training: dict[str, Any] = {
-        "epochs": epochs,
-        "max_steps": max_steps,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-    }
-    training |= {"rank": rank, "beta": beta, "max_length": max_length, "dtype": dtype}
+    training: dict[str, Any] = {"epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
+    training |= {"learning_rate": learning_rate, "rank": rank, "beta": beta, "max_length": max_length, "dtype": dtype}
+    if reward_model_id:
+        reward_folder(store, reward_model_id)
     rows = read_snapshot(store, snapshot_id)
     train, test = decided_rows(rows, "train", max_pairs, seed), decided_rows(rows, "test", max_test_pairs, seed)
     policy, learnt = fit_dpo(train, base, seed=seed, **training)
@@ -277,9 +284,8 @@ def train_policy(
     figures = margin_figures(policy, test, beta)
     figures |= answer_figures(store, policy, prompts, reward_model_id, max_new_tokens) | learnt
     parent, new = base_model(store, base, run_id)
-    parents = [parent.id, *([reward_model_id] if reward_model_id else [])]
-    made = Model(name=name, kind="policy", parents=parents, snapshot_id=snapshot_id, run_id=run_id)
-    config = {"method": "dpo", "base": base, "seed": seed} | training
+    made = Model(name=name, kind="policy", parents=[parent.id], snapshot_id=snapshot_id, run_id=run_id)
+    config = {"method": "dpo", "base": base, "seed": seed, "judge": reward_model_id} | training
     made = write_model(store, replace(made, config=config, figures=figures), policy.save)
     store.append([*new, made])
     return figures | {"model_id": made.id}

@@ -6,7 +6,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/train/reward.html.md"""
 
 # %% auto #0
 __all__ = ['RewardModel', 'METHODS', 'LoraReward', 'load_reward', 'fit_lora', 'fit_states', 'held_out_figures',
-           'first_probabilities', 'train_reward', 'score_answers']
+           'first_probabilities', 'train_reward', 'reward_folder', 'score_answers']
 
 # %% ../../nbs/train/04_reward.ipynb #8b098afb
 import json
@@ -255,13 +255,21 @@ def train_reward(
     return figures | {"model_id": made.id}
 
 # %% ../../nbs/train/04_reward.ipynb #691864d3
+def reward_folder(
+    store: Store,
+    model_id: str,
+) -> Path:
+    """Where a reward model of the store lies; raises `InputError` when it is another kind of model."""
+    model = store.get(Model, model_id)
+    if model.kind != "reward":
+        raise InputError(f"model {model.name} ({model_id}) is a {model.kind} model; name a reward model")
+    return model_folder(store, model)
+
+
 def score_answers(
     store: Store,
     model_id: str,
     items: Sequence[Item],  # (prompt, answer)
 ) -> Floats:
-    """Rewards of answers by a reward model of the store; raises `InputError` when it is another kind of model."""
-    model = store.get(Model, model_id)
-    if model.kind != "reward":
-        raise InputError(f"model {model.name} ({model_id}) is a {model.kind} model; name a reward model")
-    return load_reward(model_folder(store, model)).score(items)
+    """Rewards of answers by a reward model of the store."""
+    return load_reward(reward_folder(store, model_id)).score(items)
