@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def generate_pairs(
 ) -> pd.DataFrame:  # prompt_id, setting (0 or 1), text, input_tokens, output_tokens; two rows a prompt
     """Two answers to each prompt; raises `StateError` when a worker dies or the time is over."""
     with needs_extra("collect"):
-        import distilabel  # noqa: F401
+        if find_spec("distilabel") is None:  # only the child imports it: it takes over how errors are shown
+            raise ModuleNotFoundError("no distilabel", name="distilabel")
     complete = check_settings(settings)
     if prompts.empty:
         raise InputError("there are no prompts to answer; ingest some first")

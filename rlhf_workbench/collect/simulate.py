@@ -18,7 +18,7 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .queue import Choice, Task, add_items, next_task, submit
 from ..core.errors import InputError, MissingError
@@ -230,12 +230,12 @@ def shifted_batches(
     seed: int,
     share: float = 1 / 3,  # 0 … 1, of the comparisons that go into the second batch
 ) -> tuple[list[int], list[int]]:  # places in `topics`, for the first and for the second batch
-    """Part comparisons so that two topics dominate the second part; raises `InputError` below three topics."""
+    """Part comparisons so that two topics dominate the second part; with fewer than three topics the mix stays."""
+    if not 0 < share < 1:
+        raise InputError(f"share must be above 0 and below 1, got {share}")
     names = sorted({topic or "" for topic in topics})
-    if len(names) < 3 or not 0 < share < 1:
-        raise InputError(f"a shift needs at least 3 topics and 0 < share < 1, got {len(names)} topics and {share}")
     rng = np.random.default_rng(seed)
-    chosen = set(rng.choice(names, size=2, replace=False).tolist())
+    chosen = set(rng.choice(names, size=2, replace=False).tolist()) if len(names) > 2 else set()
     order = rng.permutation(len(topics)).tolist()
     heavy = [i for i in order if (topics[i] or "") in chosen]
     light = [i for i in order if (topics[i] or "") not in chosen]

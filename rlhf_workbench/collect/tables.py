@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.errors import InputError, StateError
 from ..core.files import open_file, read_rows

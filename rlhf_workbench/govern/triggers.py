@@ -34,7 +34,8 @@ def propose_retraining(
     drift_run: str,  # the run whose confirmed events are looked at
 ) -> dict[str, Any]:  # proposed (0 or 1), proposal_id, state, reason
     """Turn the confirmed alarms of a drift run into one proposal, or find the one that stands."""
-    streams = sorted({event.stream for event in store.records(DriftEvent, run_id=drift_run, is_confirmed=True)})
+    confirmed = store.records(DriftEvent, run_id=drift_run, is_confirmed=True)
+    streams = sorted({event.stream for event in confirmed if event.metadata.get("period") != "control"})
     if not streams:
         return {"proposed": 0, "proposal_id": None, "state": "none", "reason": "no confirmed alarm"}
     fingerprint = cause_fingerprint("retrain", streams, store.get(Run, drift_run).params)

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from ..core.errors import InputError, MissingError
 from ..core.schema import Annotation, AnnotatorScore, Consensus, Label

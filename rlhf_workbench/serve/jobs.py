@@ -11,8 +11,11 @@ __all__ = ['Parameter', 'Job', 'jobs_folder', 'read_job', 'find_jobs', 'find_job
 import ast
 import html
 import json
+import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -125,10 +128,8 @@ def run_job(
     with needs_extra("jobs"):
         import papermill
         from papermill.exceptions import PapermillExecutionError
-        from traitlets.config import Config
     target = _new_folder(out, job.name) / f"{job.name}.ipynb"
-    with tempfile.TemporaryDirectory(prefix="rlhfw-") as sockets:  # no port that others could listen on
-        wires = Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+    with _surroundings() as config:
         try:
             papermill.execute_notebook(
                 job.path,
@@ -139,7 +140,7 @@ def run_job(
                 progress_bar={"leave": False} if sys.stderr.isatty() else False,
                 cwd=str(Path.cwd()),
                 request_save_on_cell_execute=True,
-                config=wires,
+                config=config,
             )
         except PapermillExecutionError as error:
             kind = getattr(errors, error.ename, StateError)
@@ -147,6 +148,20 @@ def run_job(
             raise kind(f"{error.evalue} ({where})") from error
     write_html(target)
     return target
+
+
+@contextmanager
+def _surroundings() -> Iterator[Any]:
+    """The kernel's configuration: sockets in a private folder, no port; and no bars in the copy that is kept."""
+    from traitlets.config import Config
+
+    before = os.environ.get("TQDM_DISABLE")
+    with tempfile.TemporaryDirectory(prefix="rlhfw-") as sockets:
+        os.environ["TQDM_DISABLE"] = "1"
+        try:
+            yield Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+        finally:
+            os.environ.pop("TQDM_DISABLE") if before is None else os.environ.update(TQDM_DISABLE=before)
 
 
 def _new_folder(out: Path, name: str) -> Path:

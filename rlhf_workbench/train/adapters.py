@@ -146,7 +146,11 @@ def trainer_settings(
         if not value > 0:
             raise InputError(f"{name} must be above 0, got {value}")
     fixed = {"report_to": [], "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True}
-    fixed |= {"gradient_checkpointing": False, "dataloader_pin_memory": False, "use_cpu": not torch.cuda.is_available()}
+    fixed |= {
+        "activation_checkpointing": False,
+        "dataloader_pin_memory": False,
+        "use_cpu": not torch.cuda.is_available(),
+    }
     schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "learning_rate": learning_rate}
     schedule |= {"num_train_epochs": epochs, "max_steps": -1 if max_steps is None else max_steps}
     schedule |= {"train_sampling_strategy": "random" if shuffle else "sequential"}
