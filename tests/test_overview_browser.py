@@ -160,9 +160,9 @@ class Page:
 
     def text(self) -> str:
         """All text of the page, that of the shadow trees too."""
-        leaves = "all(document.body).filter(e => !/^(SCRIPT|STYLE)$/.test(e.tagName))"
-        own = "[...e.childNodes].filter(n => n.nodeType === 3).map(n => n.textContent).join('')"
-        return " ".join(str(self.ask(f"{leaves}.map(e => {own}).filter(t => t.trim()).join(' ')")).split())
+        trees = "all(document.body).flatMap(e => e.shadowRoot ? [...e.shadowRoot.children] : [])"
+        seen = "e => /^(SCRIPT|STYLE|LINK)$/.test(e.tagName) ? '' : e.innerText"
+        return " ".join(str(self.ask(f"[document.body, ...{trees}].map({seen}).join(' ')")).split())
 
     def drawn_plots(self) -> int:
         """Plots with more than one colour in them."""
@@ -231,8 +231,8 @@ def test_texts_of_strangers_are_text(page: Page, link: str) -> None:
 def test_a_tooltip_shows_text_too(page: Page, link: str) -> None:
     page.open(link)
     place = """(() => { const figures = [...Bokeh.documents[0]._all_models.values()].filter(m => m.type === 'Figure');
-        const view = Bokeh.index.find_one(figures.find(f => f.renderers.some(r => r.glyph.marker?.value === 'diamond')));
-        const marks = view.model.renderers.find(r => r.glyph.marker?.value === 'diamond').data_source.data;
+        const view = Bokeh.index.find_one(figures.find(f => f.renderers.some(r => r.glyph?.marker?.value === 'diamond')));
+        const marks = view.model.renderers.find(r => r.glyph?.marker?.value === 'diamond').data_source.data;
         const box = view.canvas_view.el.getBoundingClientRect();
         const x = view.frame.x_scale.compute(marks.at[0]), y = view.frame.y_scale.compute(marks.value[0]);
         return [box.x + x, box.y + y]; })()"""
