@@ -179,22 +179,32 @@ def _wait_until_free(path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"Why?\n\n   \nWhy?\nHow?\nWhere?\n", "empty"),
+        (b"Why?\n\n   \nWhy?\nHow?\nWhere?\n", "3 prompts (2 empty lines and 1 duplicates left out), needs 90"),
         (b"Why?\n" + b"x" * 1_000_000 + b"\n", "line 2"),
         (b"Why?\nHow \xff?\n", "line 2"),
         (b"\n\n", "prompt"),
     ],
 )
-def test_a_strange_prompts_file(content: bytes, said: str, tmp_path: Path) -> None:
-    """An empty line and a duplicate are decisions that are said; the rest are errors before anything is written."""
+def test_a_strange_prompts_file_is_refused_before_anything_is_written(
+    content: bytes, said: str, tmp_path: Path
+) -> None:
     (tmp_path / "p.txt").write_bytes(content)
     words = [RLHFW, "demo", "--fast", "--prompts", "p.txt"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    if said == "empty":
-        assert done.returncode == 2, "three prompts are too few to train on, and that is said"
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
-    assert said in done.stderr or "few" in done.stderr
+    assert said in done.stderr
     assert done.stderr.count("\n") == 1
+    with connect(tmp_path / "workbench.duckdb", read_only=True) as store:
+        assert "prompt" not in store.counts()
+
+
+def test_own_prompts_without_topics(tmp_path: Path) -> None:
+    """Empty lines and duplicates are left out, and the report says so."""
+    lines = [f"What is the number {i} good for?" for i in range(90)]
+    (tmp_path / "p.txt").write_text("\n".join([*lines, "", lines[0]]), encoding="utf-8")
+    facts = rlhfw(tmp_path, "demo", "--fast", "--prompts", "p.txt")
+    report = Path(facts["report"]).read_text(encoding="utf-8")
+    assert "90 prompts in 1 topics; 1 empty lines and 1 duplicates were left out." in report
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="needs ../shared/data, which a user's clone does not have")
@@ -206,6 +216,5 @@ def test_people_s_votes(tmp_path: Path) -> None:
         assert counts["comparison"] == 10_749
         assert store.sql("SELECT count(*) AS n FROM annotation WHERE annotator_id <> 'gold'")["n"][0] == 53_630
         found = {run.kind: end.figures for run in store.records(Run) for end in store.records(RunEnd, run_id=run.id)}
-    assert found["build_consensus"]["accuracy"] > 0.85
-    assert abs(found["train_reward"]["tfidf_accuracy"] - 0.829) < 0.015
-    assert abs(found["train_reward"]["longer_accuracy"] - 0.772) < 0.005
+    assert found["build_consensus"]["accuracy"] > 0.92
+    assert found["train_reward"]["tfidf_accuracy"] > found["train_reward"]["longer_accuracy"] > 0.76

@@ -79,7 +79,7 @@ class LabelSession:
 
 # %% ../../nbs/apps/01_annotate.ipynb #7075292e
 _STYLE = """<style>
-.rlhfw-task{font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;color:#1c2530;text-align:start}
+.rlhfw-task{font:15px/1.55 -apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;color:#1c2530;text-align:start}
 .rlhfw-task .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,17rem),1fr));gap:12px}
 .rlhfw-task .text{white-space:pre-wrap;overflow-wrap:anywhere}
 .rlhfw-task .turn{background:#eef2f6;border-radius:8px;padding:10px 14px;margin:0 0 12px}
@@ -185,6 +185,7 @@ def label_widget(
 
 # %% ../../nbs/apps/01_annotate.ipynb #52fb319d
 _KEYS = {"ArrowLeft": "left", "ArrowRight": "right", "t": "tie", "s": "skip", "u": "undo"}
+_HINT = "Keys: ← and → choose · t equally good · s skip · u undo"
 _LISTEN = """
 export function render({ model }) {
   const press = (event) => {
@@ -236,7 +237,7 @@ def annotate_view(
     task = pn.pane.HTML(sizing_mode="stretch_width", margin=0)
     progress = pn.pane.HTML(margin=(0, 0, 8, 0))
     row = pn.FlexBox(*buttons.values())
-    view: Any = pn.Column(progress, task, reason, row, max_width=960, sizing_mode="stretch_width")
+    view: Any = pn.Column(progress, task, reason, row, max_width=960, margin=12, sizing_mode="stretch_width")
     view.session, view.reason, view.buttons = session, reason, buttons
 
     def draw() -> None:
@@ -244,7 +245,7 @@ def annotate_view(
 
     connect_buttons(session, buttons, reason, draw)
     if pn.state.curdoc and pn.state.curdoc.session_context:
-        view.append(key_listener(lambda name: _click(buttons[name])))
+        view.extend([pn.pane.HTML(_HINT), key_listener(lambda name: _click(buttons[name]))])
     return view
 
 

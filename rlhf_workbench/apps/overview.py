@@ -6,8 +6,8 @@ Docs: https://OWNER.github.io/rlhf_workbench/apps/overview.html.md"""
 
 # %% auto #0
 __all__ = ['TILES', 'STATES', 'ACCENT', 'INK', 'MUTED', 'LINE', 'GREY', 'Overview', 'read_overview', 'newest_figures',
-           'format_value', 'table_html', 'plural', 'tiles_html', 'state_html', 'notice_html', 'reliability_plot',
-           'calibration_text', 'drift_plot', 'plain_label', 'drift_text', 'runs_html', 'models_html', 'waiting_html']
+           'format_value', 'table_html', 'plural', 'tiles_html', 'reliability_plot', 'calibration_text', 'drift_plot',
+           'plain_label', 'drift_text', 'runs_html', 'models_html', 'waiting_html']
 
 # %% ../../nbs/apps/00_overview.ipynb #f2b1e2bb
 import html
@@ -167,20 +167,6 @@ _START_HERE = """<div class="start"><b>There is nothing in this store yet.</b>
 <p>Run <code>rlhfw demo</code> to go once through the whole loop with a small model, or bring your own data with
 <code>rlhfw import FILE</code>. This page fills by itself.</p></div>"""
 
-
-def state_html(
-    view: Overview,
-) -> str:  # HTML, safe to show
-    """Which store this is, and when it was read."""
-    return f'<p class="muted">{html.escape(view.path)} · as of {view.read_at:%H:%M:%S} UTC</p>'
-
-
-def notice_html(
-    view: Overview,
-) -> str:  # HTML, safe to show; empty when all is well
-    """What keeps the page from showing the present state."""
-    return f'<p class="notice" role="status">{html.escape(view.notice)}</p>' if view.notice else ""
-
 # %% ../../nbs/apps/00_overview.ipynb #6f227a9c
 ACCENT, INK, MUTED, LINE = "#2f5bd7", "#17202a", "#566270", "#e4e8ee"
 GREY = "#9aa5b1"
@@ -279,9 +265,17 @@ def drift_plot(
     top = max([v for one in series.values() for v in one["value"]], default=1.0)
     quiet = [np.column_stack([one["index"], one["value"]]) for one in series.values() if not one["alarms"]]
     parts = [hv.VSpan(min(places), 0).opts(color=LINE, alpha=0.5), hv.Path(quiet).opts(color="#c9d0d8")]
+    if "disagreement" in series and not series["disagreement"]["alarms"]:
+        overall = series["disagreement"]
+        line = hv.Curve((overall["index"], overall["value"]), label="all votes")
+        parts.append(line.opts(color=MUTED, line_width=2))
     loud = {name: one for name, one in series.items() if one["alarms"]}
     for (name, one), dash in zip(loud.items(), cycle(("solid", "dashed", "dotted", "dotdash"))):
         parts += _alarm_layer(name, one, dash)
+    first, name = figures.get("first_alarm"), figures.get("first_alarm_stream")
+    if first is not None and name and name not in loud:
+        mark = hv.Curve([(first, 0), (first, 1)], label=f"alarm: {plain_label(name)}")
+        parts.append(mark.opts(color=ACCENT, line_dash="dashed"))
     labels = {"xlabel": "values since the end of the control", "ylabel": "share that disagrees"}
     limits = {"xlim": (min(places), max(places)), "ylim": (0, min(1.02, top * 1.2 + 0.02))}
     return _finish(hv.Overlay(parts), legend_position="top_left", **limits, **labels)
@@ -331,7 +325,8 @@ def runs_html(
     """The last runs."""
     if view.runs.empty:
         return "<p>Nothing has run in this store yet.</p>"
-    return table_html(view.runs, _RUNS, numbers=("rows", "seconds"), wide=("rows", "seconds", "started_at"))
+    rows = view.runs.assign(seconds=view.runs["seconds"].map("{:.1f}".format, na_action="ignore"))
+    return table_html(rows, _RUNS, numbers=("rows", "seconds"), wide=("rows", "seconds", "started_at"))
 
 
 def models_html(

@@ -161,11 +161,17 @@ def ingest_prompts(
     path: str | None = None,  # None: the shipped prompts
     data_hash: str | None = None,  # `prompts_hash(path)`
     limit: int | None = None,  # take so many, evenly over the topics
+    at_least: int = 1,  # what the steps after this one need
 ) -> dict[str, Any]:  # prompts, topics, blank, duplicates
-    """Write the prompts of a file; raises `StateError` when its bytes are not those of `data_hash`."""
+    """Write the prompts of a file; raises `StateError` when it is not that of `data_hash`, `InputError` with too few."""
     if data_hash and data_hash != prompts_hash(path):
         raise StateError(f"{prompts_file(path)} was changed in the meantime; start again")
     found = read_prompts(path)
+    if len(found.rows) < at_least:
+        left_out = f"{found.n_blank} empty lines and {found.n_duplicates} duplicates left out"
+        raise InputError(
+            f"{prompts_file(path).name} has {len(found.rows)} prompts ({left_out}), needs {at_least}; add more"
+        )
     rows = found.rows if limit is None else take_evenly(found.rows, limit)
     source = prompts_file(path).name if path else "shipped"
     store.append(

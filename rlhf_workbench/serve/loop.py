@@ -32,6 +32,7 @@ def _candidates(max_new_tokens: int) -> list[dict[str, Any]]:
 
 
 SIZES = {
+    # Fewer than 90 prompts leave too little to calibrate on, and too short a control for drift.
     "full": LoopSize(None, _candidates(48)),
     "fast": LoopSize(90, _candidates(16), policy={"max_steps": 8, "max_new_tokens": 16}),
     "human_full": LoopSize(
