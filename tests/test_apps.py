@@ -135,6 +135,13 @@ def test_plots_draw_what_the_figures_say() -> None:
     assert marks.dimension_values("value").tolist() == [0.9]
 
 
+def test_an_alarm_about_something_not_drawn_is_a_line() -> None:
+    figures = {"series": {"disagreement": SERIES | {"alarms": []}}, "first_alarm": 1, "first_alarm_stream": "topic mix"}
+    layers = list(drift_plot(figures))
+    assert [layer.label for layer in layers if layer.label] == ["all votes", "alarm: topic mix"]
+    assert layers[-1].dimension_values(0).tolist() == [1, 1]
+
+
 def test_a_legend_is_no_mathematics() -> None:
     assert "$$" not in plain_label("$$\\text{x}$$")
     assert len(plain_label("x" * 200)) == 40
