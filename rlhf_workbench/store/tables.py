@@ -8,11 +8,10 @@ Docs: https://OWNER.github.io/rlhf_workbench/store/tables.html.md"""
 __all__ = ['SCHEMA_VERSION', 'R', 'Store', 'connect']
 
 # %% ../../nbs/store/01_tables.ipynb #bcb238fe
-import atexit
 import json
 import tempfile
 import threading
-import weakref
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -281,21 +280,25 @@ def connect(
     except BaseException:
         con.close()
         raise
-    store = Store(con, file, actor)
-    atexit.register(_close_quietly, weakref.ref(store))
-    return store
+    return Store(con, file, actor)
+
+
+_PATIENCE_S = 2.0  # a reader that only looks is gone by then
 
 
 def _open(file: Path | None, read_only: bool) -> duckdb.DuckDBPyConnection:
     """DuckDB's connection, with its complaints translated."""
-    try:
-        con = duckdb.connect(str(file or ":memory:"), read_only=read_only)
-    except duckdb.IOException as error:
-        if "lock" in str(error):
-            raise StateError(f"another process is writing to {file}; close it, or wait until it ends") from error
-        raise StateError(f"cannot open {file} as a store: {str(error).splitlines()[0]}") from error
-    except duckdb.Error as error:
-        raise StateError(f"cannot open {file} as a store: {str(error).splitlines()[0]}") from error
+    deadline = time.monotonic() + _PATIENCE_S
+    while True:
+        try:
+            con = duckdb.connect(str(file or ":memory:"), read_only=read_only)
+            break
+        except duckdb.Error as error:
+            if "lock" not in str(error):
+                raise StateError(f"cannot open {file} as a store: {str(error).splitlines()[0]}") from error
+            if time.monotonic() > deadline:
+                raise StateError(f"another process is writing to {file}; close it, or wait until it ends") from error
+        time.sleep(0.05)
     con.execute(
         "SET TimeZone = 'UTC'; SET threads = 1"
     )  # many small statements: a second thread costs more than it brings
@@ -313,10 +316,3 @@ def _prepare(con: duckdb.DuckDBPyConnection, file: Path | None, read_only: bool)
     version = con.execute("SELECT max(version) FROM store_version").fetchall()[0][0]
     if version != SCHEMA_VERSION:
         raise StateError(f"{file} has version {version}, this program reads {SCHEMA_VERSION}; upgrade rlhf_workbench")
-
-
-def _close_quietly(ref: "weakref.ref[Store]") -> None:
-    """At exit: a store that nobody closed is closed."""
-    store = ref()
-    if store is not None:
-        store.close()
