@@ -55,6 +55,8 @@ TILES = {  # table → label, and what is counted under it: SQL, in the singular
     "model": ("Models", "count(DISTINCT kind)", "kind"),
     "drift_event": ("Alarms", "count_if(is_confirmed)", "confirmed"),
 }
+# The known truth of a simulation or a publisher stands beside the votes; it is nobody's vote.
+_VOTES = "current_annotation WHERE queue IS NULL OR NOT ends_with(queue, '/truth')"
 
 
 def read_overview(
@@ -64,7 +66,8 @@ def read_overview(
     """Read what the page shows."""
     counts = [(k.table, TILES.get(k.table, ("", "0", ""))[1]) for k in RECORDS]
     query = " UNION ALL ".join(
-        f"SELECT '{t}' AS name, count(*) AS n, {d} AS detail FROM current_{t}" for t, d in counts
+        f"SELECT '{t}' AS name, count(*) AS n, {d} AS detail FROM {_VOTES if t == 'annotation' else f'current_{t}'}"
+        for t, d in counts
     )
     found = store.sql(query).set_index("name").query("n > 0").astype(int)
     runs = store.sql("SELECT id FROM current_run ORDER BY id DESC LIMIT ?", [last])["id"].tolist()
