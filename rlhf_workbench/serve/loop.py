@@ -31,18 +31,19 @@ def _candidates(max_new_tokens: int) -> list[dict[str, Any]]:
     return [setting | {"max_new_tokens": max_new_tokens} for setting in (careful, bold)]
 
 
+_STEERING = {"learning_rate": 1e-3, "batch_size": 8}  # measured: at 2e-4 the loss of so few steps does not move
 SIZES = {
     # Fewer than 90 prompts leave too little to calibrate on, and too short a control for drift.
-    "full": LoopSize(None, _candidates(48)),
+    "full": LoopSize(None, _candidates(48), policy=_STEERING | {"epochs": 2}),
     "fast": LoopSize(90, _candidates(16), policy={"max_steps": 8, "max_new_tokens": 16}),
     "human_full": LoopSize(
         snapshot={"calibration_share": 0.1},
-        reward={"method": "frozen", "max_pairs": 2000},
-        policy={"max_steps": 12, "max_pairs": 48, "max_test_pairs": 40, "n_prompts": 2},
+        reward={"method": "frozen"},  # learns from every pair in the time in which LoRA reads a few hundred
+        policy=_STEERING | {"max_steps": 12, "max_pairs": 48, "max_test_pairs": 40, "n_prompts": 2},
     ),
     "human_fast": LoopSize(
         snapshot={"calibration_share": 0.1},
-        reward={"method": "frozen", "max_pairs": 500},
+        reward={"method": "frozen"},
         policy={"max_steps": 4, "max_pairs": 16, "max_test_pairs": 20, "n_prompts": 2, "max_new_tokens": 16},
     ),
 }

@@ -194,7 +194,8 @@ def show_calibration(run: RunResult) -> Finding:
     low, high = run["ece_before_interval"]
     said = (
         f"On {run['rows_tested']} held-out pairs the ECE is {run['ece_before']:.3f} ({low:.3f} to {high:.3f}) before and "
-        f"{run['ece_after']:.3f} after scaling with temperature {run['temperature']:.2f}, fitted on {run['rows_fitted']} others."
+        f"{run['ece_after']:.3f} after scaling with temperature {run['temperature']:.2f}, fitted on {run['rows_fitted']} others. "
+        f"Evidently's report is {run['report']} among the store's files."
     )
     return Finding(said, _png(plot_reliability(before, after)))
 

@@ -283,6 +283,8 @@ def connect(
     return Store(con, file, actor)
 
 
+# No other files, no variables of the program; and many small statements, for which a second thread costs more than it brings.
+_ALONE = "SET enable_external_access = false; SET python_enable_replacements = false; SET threads = 1"
 _PATIENCE_S = 2.0  # a reader that only looks is gone by then
 
 
@@ -299,9 +301,7 @@ def _open(file: Path | None, read_only: bool) -> duckdb.DuckDBPyConnection:
             if time.monotonic() > deadline:
                 raise StateError(f"another process is writing to {file}; close it, or wait until it ends") from error
         time.sleep(0.05)
-    con.execute(
-        "SET TimeZone = 'UTC'; SET threads = 1"
-    )  # many small statements: a second thread costs more than it brings
+    con.execute(f"SET TimeZone = 'UTC'; {_ALONE}")
     return con
 
 
