@@ -10,6 +10,7 @@ __all__ = ['plain', 'model_card', 'write_model_cards']
 # %% ../../nbs/govern/02_evidence.ipynb #ad4f1a3e
 import html
 import re
+from pathlib import Path
 from typing import Any
 
 from ..core.schema import AnnotatorScore, Consensus, Model, ModelCard, Preference, Run, RunEnd, Snapshot
@@ -82,7 +83,9 @@ def model_card(
         "Parents": parents,
         "Data": _data(store, model),
         "Annotators": _annotators(store, model),
-        "Configuration": _table(model.config),
+        "Configuration": _table(
+            model.config | ({"base": Path(base).name} if (base := model.config.get("base")) else {})
+        ),
         "Figures": _table(model.figures),
         "Calibration": _calibration(store, model),
         "Limits": "The figures hold for held-out data of the snapshot above, and for nothing else that was not measured.",

@@ -39,7 +39,7 @@ SIZES = {
     "human_full": LoopSize(
         snapshot={"calibration_share": 0.1},
         reward={"method": "frozen"},  # learns from every pair in the time in which LoRA reads a few hundred
-        policy=_STEERING | {"max_steps": 12, "max_pairs": 48, "max_test_pairs": 40, "n_prompts": 2},
+        policy=_STEERING | {"max_steps": 6, "max_pairs": 48, "max_length": 192, "max_test_pairs": 40, "n_prompts": 2},
     ),
     "human_fast": LoopSize(
         snapshot={"calibration_share": 0.1},

@@ -128,7 +128,7 @@ def show_import(store: Store, run: RunResult) -> Finding:
     times = pd.to_datetime(votes["submitted_at"].dropna(), utc=True)
     if len(times):
         sketch.axes.hist(times.dt.tz_localize(None).to_numpy(), bins=40, color=ACCENT)
-        sketch.figure.autofmt_xdate()
+        sketch.axes.tick_params(axis="x", rotation=30)
     sketch.axes.set(xlabel="when the vote was given", ylabel="votes")
     said = f"{run['votes']} votes of {run['annotators']} people on {run['comparisons']} comparisons, {run['gold']} of them with a gold label."
     return Finding(said, sketch.png())
@@ -207,7 +207,7 @@ def show_drift(run: RunResult) -> Finding:
     alarm = f"the first confirmed alarm came {run['first_alarm']} observations after the shift, in {run['first_alarm_stream']}"
     after = alarm if run["first_alarm"] is not None else "no alarm was confirmed after it"
     others = f"; {run['unconfirmed']} signals stayed unconfirmed" if run["unconfirmed"] else ""
-    return Finding(f"In {run['votes']} votes there was {before}; {after}{others}.", _png(plot_drift(run.figures)))
+    return Finding(f"{run['votes']} votes, {before}; {after}{others}.", _png(plot_drift(run.figures)))
 
 # %% ../../nbs/serve/01_report.ipynb #bc5c5558
 def show_models(store: Store, model_ids: Sequence[str]) -> Finding:

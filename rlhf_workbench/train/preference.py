@@ -33,6 +33,7 @@ from rlhf_workbench.train.adapters import (
     quiet_libraries,
     run_trainer,
     trainer_settings,
+    training_attention,
     training_dtype,
     write_model,
 )
@@ -183,7 +184,8 @@ def fit_dpo(
     number = training_dtype(dtype, base_config(base).hidden_size)
     common = trainer_settings(seed=seed, dtype=number, max_length=max_length, **schedule)
     set_seed(seed)
-    model, tokenizer = load_base(base, "AutoModelForCausalLM", dtype=torch.float32)
+    loading: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": training_attention(max_length)}
+    model, tokenizer = load_base(base, "AutoModelForCausalLM", **loading)
     rows = _with_room(rows, tokenizer, max_length)
     with TemporaryDirectory() as scratch, quiet_libraries():
         trainer = DPOTrainer(
@@ -266,10 +268,10 @@ def train_policy(
     max_new_tokens: int = 48,
     beta: float = 0.1,
     dtype: str = "auto",
-    epochs: float = 1.0,
+    epochs: float = 2.0,
     max_steps: int | None = None,  # None: as many as the epochs need
-    batch_size: int = 4,  # pairs
-    learning_rate: float = 2e-4,
+    batch_size: int = 8,  # pairs
+    learning_rate: float = 1e-3,
     rank: int = 8,
 ) -> dict[str, Any]:  # margin first, then accuracies, examples, losses; model_id
     """Train a policy on a snapshot by DPO; raises `InputError` when the snapshot has nothing to train or test on."""

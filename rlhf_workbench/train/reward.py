@@ -33,6 +33,7 @@ from rlhf_workbench.train.adapters import (
     quiet_libraries,
     run_trainer,
     trainer_settings,
+    training_attention,
     training_dtype,
     write_model,
 )
@@ -127,7 +128,8 @@ def fit_lora(
     number = training_dtype(dtype, base_config(base).hidden_size)
     common = trainer_settings(seed=seed, dtype=number, max_length=max_length, **schedule)
     set_seed(seed)
-    model, tokenizer = load_base(base, "AutoModelForSequenceClassification", num_labels=1, dtype=torch.float32)
+    loading: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": training_attention(max_length)}
+    model, tokenizer = load_base(base, "AutoModelForSequenceClassification", num_labels=1, **loading)
     torch.nn.init.zeros_(model.score.weight)
     with TemporaryDirectory() as scratch, quiet_libraries():
         trainer = RewardTrainer(
