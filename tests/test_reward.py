@@ -218,10 +218,12 @@ def test_the_answer_survives_a_long_prompt() -> None:
         ids, n_prompt = token_ids(tokenizer, prompt, reply, max_length)
         assert len(ids) == max_length
         assert len(ids) - n_prompt >= 1
+        assert ids[-1] == tokenizer.eos_token_id, "the closing token stays"
         assert n_prompt >= max_length // 2 - 1
     ids, n_prompt = token_ids(tokenizer, question("hi"), "there", 1000)
     whole = tokenizer.apply_chat_template([*question("hi"), {"role": "assistant", "content": "there"}])["input_ids"]
-    assert ids == whole
+    assert tokenizer.decode(ids) == tokenizer.decode(whole).rstrip()
+    assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[n_prompt:]).startswith("there")
 
 

@@ -159,7 +159,8 @@ def _surroundings() -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="rlhfw-") as sockets:
         os.environ["TQDM_DISABLE"] = "1"
         try:
-            yield Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+            quiet = {"extra_arguments": ["--IPKernelApp.log_level=50"]}  # it calls its own shutdown an error
+            yield Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}, "NotebookClient": quiet})
         finally:
             os.environ.pop("TQDM_DISABLE") if before is None else os.environ.update(TQDM_DISABLE=before)
 

@@ -27,7 +27,7 @@ from ..store.registry import RunResult, lineage, run_table
 from ..store.tables import Store
 
 # %% ../../nbs/serve/01_report.ipynb #5c17e113
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Finding:
     """What a step found: shown as HTML in a notebook, printed as its sentence elsewhere."""
 
@@ -35,8 +35,8 @@ class Finding:
     png: bytes = b""  # empty: nothing to draw
     table: str = ""  # HTML, made by us
 
-    def __str__(self) -> str:
-        return self.sentence
+    def __repr__(self) -> str:
+        return self.sentence  # a notebook keeps this beside the HTML; the picture need not be there twice
 
     def _repr_html_(self) -> str:
         image = base64.b64encode(self.png).decode()
@@ -51,7 +51,7 @@ ACCENT, QUIET, WARN = "#0f5e6e", "#b9c4cc", "#c2571a"
 def _png(figure: Any) -> bytes:
     """A matplotlib figure's picture."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=100)
+    figure.savefig(buffer, format="png", dpi=80)
     return buffer.getvalue()
 
 
