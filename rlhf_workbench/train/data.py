@@ -84,12 +84,13 @@ def token_ids(
 ) -> tuple[list[int], int]:  # the tokens, and how many of them are the prompt's
     """A prompt and its answer as the model reads them."""
     asked = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-    whole = tokenizer.apply_chat_template([*prompt, *answer(reply)], tokenize=False)
+    whole = tokenizer.apply_chat_template([*prompt, *answer(reply)], tokenize=False).rstrip()
     differ = (i for i, (a, b) in enumerate(zip(asked, whole, strict=False)) if a != b)
     n = next(differ, min(len(asked), len(whole)))  # some templates change the prompt's end when an answer follows
     before = tokenizer(whole[:n], add_special_tokens=False)["input_ids"]
     after = tokenizer(whole[n:], add_special_tokens=False)["input_ids"]
-    after = after[: max_length - min(len(before), max_length // 2)]
+    room = max_length - min(len(before), max_length // 2)
+    after = after if len(after) <= room else [*after[: room - 1], after[-1]]
     before = before[-(max_length - len(after)) :]
     return before + after, len(before)
 

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..core.errors import InputError
 from ..core.schema import Messages
+from ..core.settings import needs_extra
 from .adapters import base_config, load_base, training_dtype
 from .baselines import Floats, fit_bradley_terry, pairwise_accuracy
 from .data import token_ids
@@ -79,8 +80,10 @@ def answer_vectors(
     depth: float = 2 / 3,  # which part of the layers, 0 … 1
     max_length: int = 256,  # tokens of prompt and answer
     dtype: str = "auto",
-) -> tuple[Floats, int]:  # (items, hidden size), and the tokens read
-    """The mean hidden state of each answer."""
+) -> tuple[Floats, int]:  # (items, twice the hidden size), and the tokens read
+    """The mean hidden state of each answer beside its last one."""
+    with needs_extra("train"):
+        import torch
     if not 0 < depth <= 1:
         raise InputError(f"depth must be above 0 and at most 1, got {depth}")
     config = base_config(base)
@@ -93,14 +96,16 @@ def answer_vectors(
     def take(inputs: Any, output: Any, batch: list[int]) -> Any:
         mask = inputs["attention_mask"]
         own = mask * (mask.cumsum(1) > mask.new_tensor(starts[batch])[:, None])
-        return (output.last_hidden_state.float() * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
+        states = output.last_hidden_state.float()
+        mean = (states * own[..., None]).sum(1) / own.sum(1, keepdim=True).clamp(min=1)
+        return torch.cat([mean, states[range(len(batch)), mask.sum(1) - 1]], dim=1)
 
     ids = [row for row, _ in rows]
     vectors = read_rows(model, ids, take, pad_id=tokenizer.pad_token_id, dtype=number, title="reading answers")
     return vectors, sum(map(len, ids))
 
 # %% ../../nbs/train/03_frozen.ipynb #0c34f70d
-_STRENGTHS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+_STRENGTHS = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def _folds(groups: Sequence[str], n: int = 5) -> npt.NDArray[np.int64]:
