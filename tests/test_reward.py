@@ -31,7 +31,7 @@ from rlhf_workbench.train.baselines import (
 )
 from rlhf_workbench.train.data import decided_rows, preference_dataset, read_snapshot, token_ids
 from rlhf_workbench.train.frozen import length_batches
-from rlhf_workbench.train.reward import load_reward, score_answers, train_reward
+from rlhf_workbench.train.reward import LoraReward, load_reward, load_scorer, score_answers, train_reward
 
 pytestmark = pytest.mark.timeout(120)
 DATA = Path(__file__).parents[2] / "shared" / "data" / "preferences"
@@ -225,6 +225,27 @@ def test_the_answer_survives_a_long_prompt() -> None:
     assert tokenizer.decode(ids) == tokenizer.decode(whole).rstrip()
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[n_prompt:]).startswith("there")
+
+
+def test_the_reward_is_read_at_the_closing_token_also_where_it_pads(base: str, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token  # as SmolLM2 has it
+    tokenizer.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_pretrained(base, pad_token_id=tokenizer.eos_token_id).save_pretrained(tmp_path)
+    model, tokenizer = load_scorer(str(tmp_path))
+    assert tokenizer.pad_token != tokenizer.eos_token
+    rows = [token_ids(tokenizer, question("hi"), text, 99)[0] for text in ("there", "a longer answer, this time")]
+    with torch.no_grad():
+        states = [model.model(torch.tensor([ids])).last_hidden_state[0, -1] for ids in rows]
+        expected = [float(model.score(state)) for state in states]
+    assert all(ids[-1] == tokenizer.eos_token_id for ids in rows)
+    settings = {"max_length": 99, "dtype": "float32"}
+    items = [(question("hi"), text) for text in ("there", "a longer answer, this time")]
+    found = LoraReward(str(tmp_path), model, tokenizer, settings).score(items)
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_batches_hold_every_row_once() -> None:
