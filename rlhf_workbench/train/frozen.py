@@ -129,7 +129,8 @@ def choose_strength(
         for fold in set(folds.tolist()):
             out = folds == fold
             w = fit_bradley_terry(differences[~out], p_chosen[~out], strength)
-            losses[k] += np.logaddexp(0, -differences[out] @ w).sum() / len(folds)
+            score, p = differences[out] @ w, p_chosen[out]
+            losses[k] += (p * np.logaddexp(0, -score) + (1 - p) * np.logaddexp(0, score)).sum() / len(folds)
     return _STRENGTHS[int(losses.argmin())], losses
 
 # %% ../../nbs/train/03_frozen.ipynb #e9de9272
