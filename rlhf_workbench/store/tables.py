@@ -27,7 +27,7 @@ from ..core.schema import RECORDS, Record, check, columns, utc_now
 from .audit import START, AuditReport, content_hashes, link_hash, verify
 
 # %% ../../nbs/store/01_tables.ipynb #45a9a1b6
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _ARROW = {"VARCHAR": pa.string(), "BIGINT": pa.int64(), "DOUBLE": pa.float64(), "BOOLEAN": pa.bool_()}
 _ARROW |= {"TIMESTAMPTZ": pa.timestamp("us", tz="UTC"), "JSON": pa.string(), "VARCHAR[]": pa.list_(pa.string())}
 _AUDIT = """CREATE TABLE audit (seq BIGINT, recorded_at TIMESTAMPTZ, actor VARCHAR, action VARCHAR,
