@@ -11,13 +11,14 @@ __all__ = ['is_encrypted', 'read_key_file', 'find_key', 'open_database', 'open_c
 import base64
 import importlib.util
 import os
+import re
 import stat
 import time
 from pathlib import Path
 
 import duckdb
 
-from ..core.errors import InputError, MissingError, StateError
+from ..core.errors import InputError, MissingError, StateError, WorkbenchError
 from ..core.sealing import Key, subkey
 
 # %% ../../nbs/store/06_encryption.ipynb #976e78b0
@@ -130,15 +131,17 @@ def _attach(path: Path, key: Key, read_only: bool) -> duckdb.DuckDBPyConnection:
     return con
 
 
-def _refuse_key(path: Path, key: Key | None) -> None:
-    """A key for a plain file, or none for an encrypted one."""
-    is_new = not path.exists() or path.stat().st_size == 0
-    if key is None and is_encrypted(path):
-        raise MissingError(f"{path} is encrypted and there is no key; set RLHFW_STORE_KEY or RLHFW_STORE_KEY_FILE")
-    if key is not None and not is_new and not is_encrypted(path):
-        raise InputError(
-            f"{path} is not encrypted, but there is a key; take the key away, or run `rlhfw store encrypt`"
-        )
+def _translate(path: Path, said: str) -> WorkbenchError | None:
+    """DuckDB's complaint in our words; None: the file is busy, and may soon be free."""
+    if "without a key" in said:
+        return MissingError(f"{path} is encrypted and there is no key; set RLHFW_STORE_KEY or RLHFW_STORE_KEY_FILE")
+    if "is not encrypted" in said:
+        return InputError(f"{path} is not encrypted, but there is a key; take it away, or run `rlhfw store encrypt`")
+    if "Wrong encryption key" in said:
+        return StateError(f"{path} was encrypted with another key; give the right one in RLHFW_STORE_KEY")
+    if "file handle conflict" in said:
+        return StateError(f"this process (PID {os.getpid()}) has {path} open; close it first")
+    return None if "lock" in said else StateError(f"cannot open {path} as a store: {said}")
 
 
 def open_database(
@@ -150,19 +153,18 @@ def open_database(
 ) -> duckdb.DuckDBPyConnection:  # closed in, with UTC; settings may still be changed
     """Open the file of a store; raises `MissingError` without its key, `InputError` with a key too many, `StateError` otherwise."""
     path, deadline = Path(path), time.monotonic() + patience_s
-    _refuse_key(path, key)
     while True:
         try:
             con = _attach(path, key, read_only) if key is not None else duckdb.connect(str(path), read_only=read_only)
             break
         except duckdb.Error as error:
             said = str(error).splitlines()[0]
-        if "Wrong encryption key" in said:
-            raise StateError(f"{path} was encrypted with another key; give the right one in RLHFW_STORE_KEY")
-        if "lock" not in said:
-            raise StateError(f"cannot open {path} as a store: {said}")
+        if translated := _translate(path, said):
+            raise translated
         if time.monotonic() > deadline:
-            raise StateError(f"another process is writing to {path}; close it, or wait until it ends")
+            holder = re.search(r"PID (\d+)", said)
+            who = f"process {holder[1]}" if holder else "another process"
+            raise StateError(f"{who} is writing to {path}; close it, or wait until it ends")
         time.sleep(0.05)
     con.execute(_ALONE)
     return con
