@@ -274,6 +274,7 @@ def invite(
     """Let a person in; raises `InputError` when they are a member already."""
     subject = subject_or_email.strip()
     _check_right(subject, role)
+    issuer = issuer.rstrip("/")
     with store.transaction():
         same = [m for m in store.records(Member, issuer=issuer) if not m.revoked_at and _same(m.subject, subject)]
         if same:
