@@ -20,6 +20,7 @@ from .errors import InputError
 from .settings import needs_extra
 
 if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer, WriteableBuffer
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 # %% ../../nbs/core/07_sealing.ipynb #c4dd0bd5
@@ -94,15 +95,15 @@ class SealedWriter(io.RawIOBase):
 
     def write(
         self,
-        data: "bytes | bytearray | memoryview",  # type: ignore[override]
+        data: "ReadableBuffer",
     ) -> int:  # bytes taken: all
         """Take bytes, and write the pieces that are full."""
-        data = memoryview(data).cast("B")
-        self._rest += data
+        taken = memoryview(data).cast("B")
+        self._rest += taken
         while len(self._rest) > _PIECE:
             self._write_piece(bytes(self._rest[:_PIECE]), is_last=False)
             del self._rest[:_PIECE]
-        return len(data)
+        return len(taken)
 
     def _write_piece(self, plain: bytes, is_last: bool) -> None:
         self._file.write(self._cipher.encrypt(_nonce(self._number, is_last), plain, self._header))
@@ -186,13 +187,14 @@ class SealedReader(io.RawIOBase):
         """The place in the content."""
         return self._at
 
-    def readinto(self, buffer: "bytearray | memoryview") -> int:  # type: ignore[override]
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         """Fill the buffer with what follows, at most to the end of a piece."""
         if self._at >= self._length:
             return 0
         number, start = divmod(self._at, _PIECE)
-        part = self._piece(number)[start : start + len(buffer)]
-        buffer[: len(part)] = part
+        room = memoryview(buffer).cast("B")
+        part = self._piece(number)[start : start + len(room)]
+        room[: len(part)] = part
         self._at += len(part)
         return len(part)
 
