@@ -16,7 +16,7 @@ import logging
 import math
 import threading
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote, urlsplit
@@ -154,12 +154,16 @@ class SignIn:
         self._tries = Throttle(s.attempts / 60, s.attempts), Throttle(s.attempts / 4, 15 * s.attempts)
         self._tries_lock = threading.Lock()
 
-    def guard(self, app: "ASGIApp", private: Sequence[str] = (), public: Sequence[str] = ()) -> Guard:
+    def guard(
+        self,
+        app: "ASGIApp",
+        private: Sequence[str] = (),  # paths for those who are signed in, with all below them
+        public: Sequence[str] = (),  # exceptions from `private`
+        admit: Callable[[HTTPConnection], bool] | None = None,  # default: whoever any project knows
+    ) -> Guard:
         """The guard for an application that these people use; for `add_middleware`."""
-        s = self.settings
-        return Guard(
-            app, hosts=s.hosts, public_url=s.public_url, private=private, public=public, admit=self.is_admitted
-        )
+        s, admit = self.settings, admit or self.is_admitted
+        return Guard(app, hosts=s.hosts, public_url=s.public_url, private=private, public=public, admit=admit)
 
     def one_time_link(
         self,
