@@ -31,6 +31,7 @@ from rlhf_workbench.govern.access import (
     require,
     revoke_member,
     revoke_token,
+    right_table,
 )
 from rlhf_workbench.store.tables import Store, connect
 
@@ -262,13 +263,16 @@ def test_a_right_secret_is_hashed_once_and_a_wrong_one_never_remembered(store: S
     assert [_work(hasher, lambda: find_identity(store, wrong, "p"))[0] for _ in range(2)] == [1, 1]
 
 
-def test_a_row_that_gets_another_hash_forgets_the_old_secret(store: Store, hasher: CountingHasher) -> None:
-    """Somebody with the right to write the table changes the hash in place of a revocation."""
+def test_what_was_right_in_one_project_proves_nothing_in_another(store: Store, hasher: CountingHasher) -> None:
+    """A row with the same id and another hash, or one that was written as revoked."""
     token, secret = make_token(store, "a", "service")
     find_identity(store, secret, "p")
-    store.append(replace(token, secret_hash=access._hasher().hash("another"), replaces=token.id))
-    with pytest.raises(DeniedError):
-        find_identity(store, secret, "p")
+    for row in (replace(token, secret_hash=hasher.hash("another")), replace(token, revoked_at=utc_now())):
+        with connect(":memory:") as other:
+            other.append(row)
+            with pytest.raises(DeniedError, match="unknown here"):
+                find_identity(other, secret, "q")
+    assert find_identity(store, secret, "p").name == "a"
 
 
 def test_at_most_two_hashes_are_computed_at_once(store: Store, hasher: CountingHasher) -> None:
@@ -367,8 +371,22 @@ def test_a_member_is_revoked_at_once_and_may_come_back_with_another_role(store: 
     assert [m.revoked_at is None for m in store.records(Member)] == [False, True]
 
 
-def test_rows_from_another_handle_count_at_once(tmp_path: Path) -> None:
-    """Two views of one store: what one changes, the other's memory must notice."""
+def test_the_list_of_rights_says_what_holds_and_no_secret(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    dead, _ = make_token(store, "dead", "service")
+    late, _ = make_token(store, "late", "reviewer", lifetime_s=60)
+    make_token(store, "good", "service", scopes=["prompt:read"])
+    revoke_token(store, dead.id)
+    monkeypatch.setattr(access, "utc_now", lambda: utc_now() + timedelta(minutes=2))
+    table = right_table(store, Token)
+    assert table[["name", "state"]].values.tolist() == [["dead", "revoked"], ["late", "expired"], ["good", "good"]]
+    assert table["id"].tolist()[:2] == [dead.id, late.id]  # the ids with which they were made
+    assert "argon2" not in table.to_csv()
+    revoke_token(store, table["id"][0])
+    assert right_table(store, Member).empty
+
+
+def test_a_change_past_the_functions_counts_at_once(tmp_path: Path) -> None:
+    """Whoever corrects the row, the memory notices."""
     with connect(tmp_path / "s.duckdb") as one:
         token, secret = make_token(one, "a", "service")
         find_identity(one, secret, "p")
