@@ -6,7 +6,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'demo', 'run', 'jobs', 'model', 'import_preferences', 'export_preferences', 'info', 'sql', 'proposals',
-           'approve', 'reject', 'serve', 'audit', 'verify', 'main']
+           'approve', 'reject', 'audit', 'verify', 'main']
 
 # %% ../nbs/cli.ipynb #ffbae0a7
 import getpass
@@ -16,8 +16,10 @@ from typing import Any
 
 import click
 
+from .commands.access import member, token
 from .commands.plugins import plugins
-from .commands.store import need_key, store_group
+from .commands.serve import serve
+from .commands.store import KEY_FILE, need_key, store_group
 from .commands.verbs import FILE, OUT, Verbs, existing_file, rows_of, say, shared, text_of
 from .commands.webhooks import alert, webhook
 from .core.errors import InputError, WorkbenchError
@@ -134,8 +136,15 @@ def model(name: str, store: Path, as_json: bool) -> None:
 @click.option("--format", "layout", help="trl, trl-chat, kto, openai, ultrafeedback, hh-rlhf …; default: as it looks.")
 @click.option("--dataset", help="Its name in the store; default: the file's.")
 @click.option("--skip-empty", is_flag=True, help="Leave out rows with an empty answer instead of stopping there.")
+@KEY_FILE
 def import_preferences(
-    file: Path, layout: str | None, dataset: str | None, skip_empty: bool, store: Path, as_json: bool
+    file: Path,
+    layout: str | None,
+    dataset: str | None,
+    skip_empty: bool,
+    key_file: Path | None,
+    store: Path,
+    as_json: bool,
 ) -> None:
     """Read preferences in TRL, KTO, OpenAI, UltraFeedback or hh-rlhf form.
 
@@ -145,7 +154,7 @@ def import_preferences(
     from rlhf_workbench.store.tables import connect
 
     existing_file(file)
-    key = need_key(store, None) if file.name.lower().endswith(SEALED) else None
+    key = need_key(store, key_file) if file.name.lower().endswith(SEALED) else None
     with connect(store) as opened:
         report = import_file(opened, file, format=layout, dataset=dataset, skip_empty=skip_empty, key=key)
     said = f"{report.n_rows} rows of {report.format} are now dataset {report.dataset!r}"
@@ -161,6 +170,7 @@ def import_preferences(
 @click.option("--allow-loss", is_flag=True, help="Write also what the other form cannot say in full.")
 @click.option("--overwrite", is_flag=True, help="Replace the file when it is there.")
 @click.option("--encrypt", is_flag=True, help="Seal the file with the store's key; its name ends in .sealed.")
+@KEY_FILE
 def export_preferences(
     name: str,
     file: Path,
@@ -169,6 +179,7 @@ def export_preferences(
     allow_loss: bool,
     overwrite: bool,
     encrypt: bool,
+    key_file: Path | None,
     store: Path,
     as_json: bool,
 ) -> None:
@@ -180,7 +191,7 @@ def export_preferences(
     from rlhf_workbench.store.tables import connect
 
     options = {"format": layout, "labels": labels, "allow_loss": allow_loss, "overwrite": overwrite}
-    key = need_key(store, None) if encrypt else None
+    key = need_key(store, key_file) if encrypt else None
     with connect(store, read_only=True) as opened:
         n = export_dataset(opened, name, file, key=key, **options)
     say(as_json, {"name": name, "file": file, "rows": n}, f"{n} rows written to {file}")
@@ -278,18 +289,8 @@ def reject(proposal: str, reason: str, actor: str, store: Path, as_json: bool) -
     _decide("rejected", proposal, reason, actor, store, as_json)
 
 # %% ../nbs/cli.ipynb #10247c47
-@app.verb("Look")
-@shared
-@click.option("--port", type=click.IntRange(0, 65535), default=5006, help="0: any free one.")
-@click.option("--open/--no-open", "open_browser", default=True, help="Open the browser.")
-def serve(port: int, open_browser: bool, store: Path, as_json: bool) -> None:
-    """Open the portal on this machine.
-
-    Example: rlhfw serve --port 5006
-    """
-    from rlhf_workbench.apps.main import serve_portal
-
-    serve_portal(store, port=port, open_browser=open_browser)
+app.add_command(serve)
+app.sections["Look"] = ["serve"]
 
 
 @click.group(cls=Verbs)
@@ -305,6 +306,9 @@ app.sections["Trust"] = ["audit"]
 
 app.add_command(store_group)
 app.sections["Keep"] = ["store"]
+app.add_command(token)
+app.add_command(member)
+app.sections["Let in"] = ["token", "member"]
 app.add_command(webhook)
 app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]

@@ -91,16 +91,16 @@ def _define(target: duckdb.DuckDBPyConnection, statements: list[str]) -> None:
 def _copy_rows(source: duckdb.DuckDBPyConnection, target: duckdb.DuckDBPyConnection) -> None:
     """Everything, in the order in which it lies there."""
     of_database = "WHERE database_name = current_database()"
+    target.execute("BEGIN")
     _define(target, _texts(source, f"SELECT sql FROM duckdb_tables() {of_database} AND NOT internal"))
     for table in _tables(source):
-        target.execute("BEGIN")
         for batch in source.execute(f"SELECT * FROM {table} ORDER BY rowid").to_arrow_reader(_PORTION):
             target.register("incoming", batch)
             target.execute(f"INSERT INTO {table} SELECT * FROM incoming")
             target.unregister("incoming")
-        target.execute("COMMIT")
     later = f"SELECT sql FROM duckdb_indexes() {of_database} UNION ALL SELECT sql FROM duckdb_views() {of_database}"
     _define(target, _texts(source, f"{later} AND NOT internal"))
+    target.execute("COMMIT")
 
 # %% ../../nbs/store/07_copying.ipynb #304bd159
 def sync_path(

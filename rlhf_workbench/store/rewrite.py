@@ -89,17 +89,17 @@ def _part(path: Path) -> Path:
 class Rewritten:
     """What became of a file."""
 
-    bytes_before: int
+    bytes_before: int  # with its log
     bytes_after: int
     report: AuditReport  # of the new file; a break that it names was in the old one as well
 
 
 def _rewrite(path: Path, old: Key | None, new: Key | None) -> Rewritten:
     """Put a copy in the place of the file."""
+    before = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.wal")) if file.exists())
     part, source = _part(path), open_database(path, old)
     try:
         source.execute("CHECKPOINT")
-        before = path.stat().st_size
         _, report = copy_database(source, part, new)
     finally:
         source.close()
