@@ -53,6 +53,9 @@ EVE = oidc_provider_mock.User(sub="u-eve", claims={"email": "ada@example.org", "
 MAL = oidc_provider_mock.User(sub="<img src=x onerror=alert(1)>", claims={})
 
 
+WEB = httpx.Client(timeout=30)  # what a browser does elsewhere
+
+
 # ---- tickets
 
 
@@ -407,7 +410,7 @@ def serving(doors: SignIn) -> Iterator[str]:
     thread.start()
     base = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
-        httpx.get(f"{base}/signin", timeout=30)  # the listener queues us until it is up
+        WEB.get(f"{base}/signin")  # the listener queues us until it is up
         is_up.set()
         yield base
     finally:
@@ -458,7 +461,8 @@ def test_an_open_websocket_ends_with_the_right(doors: SignIn, pilot: Store, how:
             if how == "revoked":
                 revoke_member(pilot, member.id)
             else:
-                httpx.post(f"{base}/signout", cookies=cookies, headers={"Origin": base})
+                (session,) = (f"{name}={value}" for name, value in cookies.items())
+                WEB.post(f"{base}/signout", headers={"Origin": base, "Cookie": session})
             line.send("still there?")
             with pytest.raises(ConnectionClosed) as end:
                 line.recv(30)
@@ -477,6 +481,7 @@ class Counter:
     def __init__(self, app: Any):
         self.app, self.challenges = app, dict[str, str]()
         self.swap: str | None = None  # an id token in place of the right one
+        self.keys: dict[str, Any] | None = None  # in place of the provider's own
         self.host: str | None = None  # under which name the provider believes to be called when it gives tokens
         self.seen: list[dict[str, list[str]]] = []
 
@@ -486,6 +491,9 @@ class Counter:
             return self._authorize(environ, start_response)
         if path == "/oauth2/token":
             return self._token(environ, start_response)
+        if path == "/jwks" and self.keys:
+            start_response("200 OK", [("Content-Type", "application/json")])
+            return [json.dumps(self.keys).encode()]
         return self.app(environ, start_response)
 
     def _authorize(self, environ: Any, start_response: Any) -> Any:
@@ -545,7 +553,7 @@ def provider() -> Iterator[tuple[str, Counter]]:
 
 @pytest.fixture
 def issuer(provider: tuple[str, Counter]) -> str:
-    provider[1].swap = provider[1].host = None
+    provider[1].swap = provider[1].host = provider[1].keys = None
     return provider[0]
 
 
@@ -565,7 +573,7 @@ def ask(browser: TestClient, next_path: str = "/") -> str:
 
 def consent(url: str, sub: str = ADA.sub) -> str:
     """At the provider: the address with which the browser comes back."""
-    return httpx.post(url, data={"sub": sub}, timeout=30).headers["location"]
+    return WEB.post(url, data={"sub": sub}).headers["location"]
 
 
 def sign_in(browser: TestClient, sub: str = ADA.sub, next_path: str = "/") -> Any:
@@ -684,7 +692,7 @@ def _for_other_client(issuer: str, url: str) -> str:
     asked = httpx.URL(changed(url, client_id="other")).copy_remove_param("code_challenge_method")
     code = httpx.URL(consent(str(asked))).params["code"]
     form = {"grant_type": "authorization_code", "code": code, "redirect_uri": f"{HERE}/signin/callback"}
-    reply = httpx.post(f"{issuer}/oauth2/token", data=form, auth=("other", "x"), timeout=30)
+    reply = WEB.post(f"{issuer}/oauth2/token", data=form, auth=("other", "x"))
     return str(reply.json()["id_token"])
 
 
@@ -696,7 +704,7 @@ def _claims(issuer: str, url: str) -> dict[str, Any]:
 
 def _with_own_key(issuer: str, url: str) -> str:
     """Signed by a stranger who names the provider's key."""
-    kid = httpx.get(f"{issuer}/jwks", timeout=30).json()["keys"][0].get("kid")
+    kid = WEB.get(f"{issuer}/jwks").json()["keys"][0].get("kid")
     header = {"alg": "RS256"} | ({"kid": kid} if kid else {})
     return jwt.encode(header, _claims(issuer, url), RSAKey.generate_key(2048))
 
@@ -708,7 +716,7 @@ def _unsigned(issuer: str, url: str) -> str:
 
 def _with_public_key_as_secret(issuer: str, url: str) -> str:
     """Algorithm confusion: the provider's public key used as a shared secret."""
-    key = RSAKey.import_key(httpx.get(f"{issuer}/jwks", timeout=30).json()["keys"][0]).as_pem(private=False)
+    key = RSAKey.import_key(WEB.get(f"{issuer}/jwks").json()["keys"][0]).as_pem(private=False)
     signed = _unsigned(issuer, url).removesuffix(".").partition(".")[2]
     head = base64.urlsafe_b64encode(b'{"alg":"HS256"}').decode().rstrip("=")
     mark = hmac.digest(key, f"{head}.{signed}".encode(), "sha256")
@@ -746,6 +754,50 @@ def test_a_forged_id_token_is_refused(
     assert sign_in(browser).status_code == 303
 
 
+_KEY = RSAKey.generate_key(2048)
+CLAIMS: list[tuple[dict[str, Any], bool]] = [
+    ({}, True),
+    ({"aud": CLIENT}, True),
+    ({"aud": [CLIENT, "other"], "azp": CLIENT}, True),
+    ({"aud": "other", "azp": CLIENT}, False),
+    ({"aud": ["other"]}, False),
+    ({"aud": [CLIENT], "azp": "other"}, False),
+    ({"aud": []}, False),
+    ({"aud": None}, False),
+    ({"nonce": None}, False),
+    ({"nonce": ""}, False),
+    ({"nonce": "of-yesterday"}, False),
+    ({"exp": None}, False),
+    ({"exp": 1_000_000_000}, False),
+    ({"exp": "never"}, False),
+    ({"nbf": 2**33}, False),
+    ({"iat": 2**33}, False),
+    ({"iss": None}, False),
+    ({"iss": "https://evil.example"}, False),
+    ({"sub": None}, False),
+    ({"sub": ""}, False),
+    ({"at_hash": "bm90IHRoZSBoYXNo"}, False),
+]
+
+
+@pytest.mark.parametrize(("changes", "is_good"), CLAIMS, ids=str)
+def test_each_claim_of_a_rightly_signed_id_token_is_checked(
+    team: SignIn, pilot: Store, provider: tuple[str, Counter], changes: dict[str, Any], is_good: bool
+) -> None:
+    invite(pilot, ADA.sub, "reviewer")
+    browser = browse(team)
+    url = ask(browser)
+    answer = consent(url)
+    provider[1].keys = {"keys": [_KEY.as_dict(private=False)]}
+    claims = {k: v for k, v in (_claims(provider[0], url) | changes).items() if v is not None}
+    provider[1].swap = jwt.encode({"alg": "RS256"}, claims, _KEY)
+    reply = browser.get(answer)
+    if is_good:
+        assert reply.status_code == 303
+    else:
+        expect_refusal(reply, "could not be verified")
+
+
 def test_another_issuer_in_the_id_token_is_refused(team: SignIn, pilot: Store, provider: tuple[str, Counter]) -> None:
     invite(pilot, ADA.sub, "reviewer")
     provider[1].host = provider[0].replace("http://127.0.0.1", "localhost")  # same key, other name
@@ -762,7 +814,7 @@ def test_an_expired_id_token_is_refused(pilot: Store) -> None:
 def test_who_declines_at_the_provider_stays_out(team: SignIn) -> None:
     browser = browse(team)
     url = ask(browser)
-    declined = httpx.post(url, data={"action": "deny"}, timeout=30).headers["location"]
+    declined = WEB.post(url, data={"action": "deny"}).headers["location"]
     assert "error=access_denied" in declined
     state = httpx.URL(url).params["state"]
     expect_refusal(browser.get(changed(declined, state=state)), "did not let you in")

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -98,6 +99,14 @@ _LEEWAY_S = 60  # by which two clocks may differ
 log = logging.getLogger("rlhf_workbench.signin")
 
 
+@lru_cache(maxsize=1)
+def _trust() -> Any:
+    """The authorities that we trust; reading their list takes longer than a request."""
+    from authlib.integrations.httpx_client.oauth2_client import httpx2
+
+    return httpx2.create_ssl_context()
+
+
 class Provider:
     """An identity provider that we are a client of."""
 
@@ -151,6 +160,7 @@ class Provider:
             redirect_uri=redirect_uri,
             code_challenge_method="S256",
             timeout=self._timeout_s,
+            verify=_trust(),
             follow_redirects=False,
         )
 
