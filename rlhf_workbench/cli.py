@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from .commands.verbs import FILE, OUT, Verbs, existing_file, rows_of, say, shared, text_of
+from .commands.webhooks import alert, webhook
 from .core.errors import InputError, WorkbenchError
 
 # %% ../nbs/cli.ipynb #ed663bb7
@@ -293,6 +294,9 @@ def audit() -> None:
 
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]
+app.add_command(webhook)
+app.add_command(alert)
+app.sections["Tell"] = ["webhook", "alert"]
 
 
 @audit.verb("Trust")

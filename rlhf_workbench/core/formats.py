@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from .errors import InputError
@@ -210,13 +211,38 @@ FORMATS = {
 }
 
 
+@lru_cache(maxsize=32)
+def _plugin_format(name: str) -> Format:
+    """A format that a plugin brought; what it returns is looked at, so that its mistakes carry its name."""
+    from rlhf_workbench.core.plugins import find_plugins, load_plugin
+
+    names = [plugin.name for plugin in find_plugins("exporter")]
+    if name not in names:
+        known = ", ".join(dict.fromkeys([*FORMATS, *names]))
+        raise InputError(f"there is no format {name!r}; choose one of {known}")
+    part = load_plugin("exporter", name)
+
+    def read(row: Row) -> Example:
+        example = part.read(row)
+        if not isinstance(example, Example):
+            raise part.plugin.fault(f"read {type(example).__name__} where an Example is needed")
+        return example
+
+    def write(example: Example) -> Row:
+        row: Row = part.write(example)
+        if not isinstance(row, dict):
+            raise part.plugin.fault(f"wrote {kind_of(row)} where a row is needed")
+        check_values(row, f"a row of {name}")
+        return row
+
+    return Format(read, write, getattr(part, "is_open", False), getattr(part, "is_single", False))
+
+
 def find_format(
-    name: str,
+    name: str,  # a key of FORMATS, or of an installed plugin
 ) -> Format:
     """A format by its name; raises `InputError` that lists the names."""
-    if name not in FORMATS:
-        raise InputError(f"there is no format {name!r}; choose one of {', '.join(FORMATS)}")
-    return FORMATS[name]
+    return FORMATS[name] if name in FORMATS else _plugin_format(name)
 
 
 def detect_format(
@@ -287,7 +313,7 @@ def _extras(example: Example) -> Row:
     """The columns of the row beyond the neutral parts."""
     if not example.format:
         return dict(example.frame)
-    known, frame = FORMATS[example.format].write(example), dict(example.frame)
+    known, frame = find_format(example.format).write(example), dict(example.frame)
     if example.format == "openai":
         known, frame = known | known["input"], frame | frame.pop("input")
     return {k: v for k, v in frame.items() if k not in known or (v is not None and canonical(v) != canonical(known[k]))}
@@ -305,7 +331,7 @@ def _place(row: Row, extra: Row, format: str) -> list[str]:
     for name, value in extra.items():
         if format == "openai" and (name, type(value)) in (("tools", list), ("parallel_tool_calls", bool)):
             row["input"][name] = value
-        elif (name in row and canonical(row[name]) != canonical(value)) or not FORMATS[format].is_open:
+        elif (name in row and canonical(row[name]) != canonical(value)) or not find_format(format).is_open:
             lost.append(name)
         else:
             row[name] = value
@@ -357,7 +383,7 @@ def turn_around(
     turned = replace(example, answers=(rejected, chosen), scores=example.scores[::-1])
     if not example.format:
         return turned
-    write = FORMATS[example.format].write
+    write = find_format(example.format).write
     before, after = write(example), write(turned)
     moved = {name for name in after if not _is_same(before[name], after[name])}
     return replace(turned, frame={k: None if k in moved and k != "input" else v for k, v in example.frame.items()})

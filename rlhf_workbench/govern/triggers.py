@@ -13,6 +13,7 @@ import json
 from typing import Any
 
 from ..core.schema import Decision, DriftEvent, Proposal, Run
+from .alerts import raise_alert
 from ..store.tables import Store
 
 # %% ../../nbs/govern/01_triggers.ipynb #4d4d9d18
@@ -34,8 +35,9 @@ def propose_retraining(
     drift_run: str,  # the run whose confirmed events are looked at
 ) -> dict[str, Any]:  # proposed (0 or 1), proposal_id, state, reason
     """Turn the confirmed alarms of a drift run into one proposal, or find the one that stands."""
-    confirmed = store.records(DriftEvent, run_id=drift_run, is_confirmed=True)
-    streams = sorted({event.stream for event in confirmed if event.metadata.get("period") != "control"})
+    found = store.records(DriftEvent, run_id=drift_run, is_confirmed=True)
+    confirmed = [event for event in found if event.metadata.get("period") != "control"]
+    streams = sorted({event.stream for event in confirmed})
     if not streams:
         return {"proposed": 0, "proposal_id": None, "state": "none", "reason": "no confirmed alarm"}
     fingerprint = cause_fingerprint("retrain", streams, store.get(Run, drift_run).params)
@@ -49,4 +51,6 @@ def propose_retraining(
         params = {"drift_run": drift_run, "streams": streams}
         made = Proposal(action="retrain", reason=reason, fingerprint=fingerprint, params=params, run_id=run_id)
         store.append(made)
+        text = f"proposal {made.id} waits for a decision"
+        raise_alert(store, "warning", f"C{reason[1:]}", text, confirmed[0].id, fingerprint, run_id)
     return {"proposed": 1, "proposal_id": made.id, "state": "waiting", "reason": reason}

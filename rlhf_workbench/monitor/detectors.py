@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core.errors import InputError, MissingError
+from ..core.plugins import find_plugins, load_plugin
 from ..core.settings import needs_extra
 
 # %% ../../nbs/monitor/02_detectors.ipynb #b43db0b6
@@ -34,16 +35,31 @@ PANEL = ("ADWIN", "CUSUM", "HDDM-A", "HDDM-W", "Page-Hinkley", "STEPD")  # for 0
 FRACTIONS_PANEL = PANEL[:-1]  # for values between 0 and 1, too: STEPD and DDM count errors
 
 
+class _Adopted:
+    """A plugin behind the interface of Frouros."""
+
+    def __init__(self, name: str):
+        self.part, self.drift = load_plugin("detector", name), False
+
+    def update(self, value: float) -> None:
+        """Take the next value."""
+        self.drift = bool(self.part.update(value))
+
+
 def make_detector(
-    name: str,  # a key of SETTINGS, or the class of any streaming detector of Frouros
+    name: str,  # a key of SETTINGS, the class of any streaming detector of Frouros, or an installed plugin
     **settings: Any,  # in place of ours
-) -> Any:  # has update(value=…), drift and reset()
-    """A fresh streaming detector of Frouros; raises `MissingError` when there is none of this name."""
+) -> Any:  # has update(value=…) and drift
+    """A fresh streaming detector; raises `MissingError` when there is none of this name."""
     with needs_extra("monitor"):
         from frouros.detectors import concept_drift
     kind, ours = SETTINGS.get(name, (name, {}))
     if not hasattr(concept_drift, f"{kind}Config"):
-        raise MissingError(f"there is no detector {name!r}; known: {', '.join(SETTINGS)}, or a class of Frouros")
+        plugins = [plugin.name for plugin in find_plugins("detector")]
+        if name in plugins:
+            return _Adopted(name)
+        known = ", ".join(dict.fromkeys([*SETTINGS, *plugins]))
+        raise MissingError(f"there is no detector {name!r}; known: {known}, or a class of Frouros")
     config = getattr(concept_drift, f"{kind}Config")(**{**ours, **settings})
     return getattr(concept_drift, kind)(config=config)
 

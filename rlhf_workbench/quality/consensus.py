@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from ..core.errors import InputError, MissingError
+from ..core.plugins import find_plugins, load_plugin
 from ..core.schema import Annotation, AnnotatorScore, Consensus, Label
 from ..core.settings import needs_extra
 from .agreement import alpha_interval, value_counts
@@ -149,19 +150,37 @@ _FITS: dict[str, Callable[[pd.DataFrame, Sequence[Any]], pd.DataFrame]] = {
 }
 
 
+def _plugin_fit(name: str) -> Callable[[pd.DataFrame, Sequence[Any]], pd.DataFrame]:
+    """An aggregator that a plugin brought; what it returns is looked at, so that its mistakes carry its name."""
+    names = [plugin.name for plugin in find_plugins("aggregator")]
+    if name not in names:
+        known = ", ".join(dict.fromkeys([*_FITS, *names]))
+        raise InputError(f"method must be one of {known}, got {name!r}")
+    part = load_plugin("aggregator", name)
+
+    def fit(votes: pd.DataFrame, labels: Sequence[Any]) -> pd.DataFrame:
+        found = part.aggregate(votes.copy(), list(labels))
+        is_table = isinstance(found, pd.DataFrame) and set(found.columns) == set(labels)
+        if not is_table or set(found.index) != set(votes["task"]) or not np.allclose(found.sum(axis=1), 1, atol=1e-6):
+            raise part.plugin.fault("returned no posterior: one row a task and one column a label, rows that sum to 1")
+        return found
+
+    return fit
+
+
 def aggregate_votes(
     votes: pd.DataFrame,  # task, worker, label; a missing label is a gap
-    method: Method = "symmetric",
+    method: str = "symmetric",  # one of `Method`, or the name of an installed aggregator
     labels: Sequence[Any] = PREFERENCES,  # all possible labels; for `symmetric` the first two mirror each other
 ) -> ConsensusTables:
     """The posterior of each task and the accuracy of each annotator; raises `InputError` on a table that is not votes."""
-    if method not in get_args(Method):
-        raise InputError(f"method must be one of {', '.join(get_args(Method))}, got {method!r}")
+    fit = _FITS.get(method) or _plugin_fit(method)
     value_counts(votes, labels)
     given = votes.loc[votes["label"].notna(), ["task", "worker", "label"]].reset_index(drop=True)
     if given.empty:
         raise InputError("there are no votes; a consensus needs at least one")
-    fit = _FITS[method if given["label"].nunique() > 1 else "majority"]
+    if method in _FITS and given["label"].nunique() < 2:
+        fit = _FITS["majority"]
     found = fit(given, labels).reindex(index=given["task"].unique(), columns=list(labels)).fillna(0.0)
     posterior = found.div(found.sum(axis=1), axis=0).rename_axis(index="task", columns=None)
     return ConsensusTables(posterior, _annotator_scores(given, posterior))
@@ -270,7 +289,7 @@ def build_consensus(
     run_id: str,
     seed: int,  # of the bootstrap for α's interval
     queue: str,
-    method: Method = "symmetric",
+    method: str = "symmetric",  # as for `aggregate_votes`
     truth_queue: str | None = None,  # where the true answers are, one a comparison
 ) -> dict[str, Any]:  # accuracy against the truth, or α when none is known, first
     """Append the consensus of a queue and the scores of its annotators; raises `MissingError` when nobody answered."""

@@ -21,6 +21,7 @@ from ..core.files import file_stem, read_rows, write_rows
 from ..core.formats import Example, detect_format, find_format, parse_line, render, unpair
 from ..core.messages import EmptyError, Row, canonical
 from ..core.schema import Record
+from ..core.sealing import Key
 from .datasets import ExampleWriter, Labels, dataset_examples
 from .tables import Store
 
@@ -43,10 +44,11 @@ def read_examples(
     notes: list[str],  # what was tolerated is added here
     format: str | None = None,  # a name in FORMATS; None: what the first row looks like
     skip_empty: bool = False,  # leave out rows with an empty question or answer, and note it
+    key: Key | None = None,  # for a sealed file
 ) -> Iterator[Example]:
     """The rows of a file; raises `InputError` at the first bad one, with its place."""
     named, start, empty = format, "", []
-    for place, row in read_rows(path, notes):
+    for place, row in read_rows(path, notes, key):
         try:
             format = format or detect_format(row)
             yield parse_line(format, row)
@@ -87,13 +89,14 @@ def check_file(
     format: str | None = None,  # a name in FORMATS; None: what the first row looks like
     dataset: str | None = None,  # None: the file's name without its ending
     skip_empty: bool = False,  # leave out rows with an empty question or answer, and note it
+    key: Key | None = None,  # for a sealed file
 ) -> ImportReport:
     """Read a whole file as an import would, without a store; raises `InputError` at the first bad row."""
     notes: list[str] = []
     prompts, seen, n_rows, n_equal = set(), set(), 0, 0
     if format:
         find_format(format)
-    for example in _progress(read_examples(path, notes, format, skip_empty), "checking"):
+    for example in _progress(read_examples(path, notes, format, skip_empty, key), "checking"):
         n_rows, format = n_rows + 1, example.format
         prompts.add(_digest(example.messages))
         seen.add(_digest([example.messages, example.answers, example.is_good]))
@@ -130,15 +133,16 @@ def import_file(
     dataset: str | None = None,  # None: the file's name without its ending
     skip_empty: bool = False,  # leave out rows with an empty question or answer, and note it
     run_id: str | None = None,
+    key: Key | None = None,  # for a sealed file
 ) -> ImportReport:
     """Import a file, all or nothing; raises `InputError` with the first bad line, `StateError` when the dataset is there."""
     _refuse_second(store, dataset or file_stem(path))
-    report = check_file(path, format=format, dataset=dataset, skip_empty=skip_empty)
+    report = check_file(path, format=format, dataset=dataset, skip_empty=skip_empty, key=key)
     writer = ExampleWriter(report.dataset, Path(path).name, actor=store.actor, run_id=run_id)
     portion: list[Record] = []
     with store.transaction():
         _refuse_second(store, report.dataset)
-        rows = read_examples(path, [], report.format, skip_empty)
+        rows = read_examples(path, [], report.format, skip_empty, key)
         for i, example in enumerate(_progress(rows, "importing", report.n_rows), 1):
             portion += writer.records(example)
             if i % _PORTION == 0:
@@ -170,9 +174,10 @@ def export_dataset(
     labels: Labels | None = None,  # None: imported where there are any, else the consensus
     allow_loss: bool = False,  # leave out columns that the format has no place for
     overwrite: bool = False,
+    key: Key | None = None,  # seals the file, whose name must end in .sealed
 ) -> int:  # rows written
     """Write a dataset to a file, whole or not at all."""
     if format:
         find_format(format)
     examples = dataset_examples(store, name, labels=labels)
-    return write_rows(path, _rendered(examples, format, allow_loss), overwrite=overwrite)
+    return write_rows(path, _rendered(examples, format, allow_loss), overwrite=overwrite, key=key)
