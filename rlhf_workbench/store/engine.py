@@ -167,7 +167,9 @@ class Engine:
                 yield
             except BaseException as error:
                 self._undo(group, *mark)
-                raise self._explained(error) from error
+                if isinstance(error, duckdb.Error):
+                    raise self._explained(error) from error
+                raise
             group.members += 1
             if not is_brief or not self._waiting or group.members >= _MOST_MEMBERS:
                 self._commit()

@@ -13,6 +13,7 @@ import hmac
 import json
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +26,12 @@ from typing import Any, TypeVar
 import psutil
 import pyarrow as pa
 from filelock import FileLock, Timeout
-from .encryption import find_key, open_database
 
 from ..core.errors import StateError
 from ..core.schema import Record
 from .audit import AuditReport
-from .backend import EngineBackend, Group
+from .backend import Backend, EngineBackend, Group
+from .encryption import find_key, open_database
 from .engine import Engine, Told
 from .migrations import prepare
 from .remote import Connection, OwnerGone, RemoteBackend
@@ -139,8 +140,28 @@ class _Door(ThreadingHTTPServer):
 
     def __init__(self, desk: Desk):
         self.desk, self.token = desk, secrets.token_urlsafe(32)
+        self._connections: set[Any] = set()
         super().__init__(("127.0.0.1", 0), _Handler)
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True, name="rlhfw-owner").start()
+
+    def get_request(self) -> Any:
+        """Take a connection, and remember it."""
+        connection, address = super().get_request()
+        self._connections.add(connection)
+        return connection, address
+
+    def shutdown_request(self, request: Any) -> None:
+        """Forget a connection that ended."""
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def close(self) -> None:
+        """Stop listening and end every connection, so that those who joined look for the next owner."""
+        self.shutdown()
+        self.server_close()
+        for connection in list(self._connections):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that went away is no error of ours."""
@@ -156,7 +177,8 @@ class Ownership:
 
     def __init__(self, path: Path, lock: FileLock | None, key: str | None):
         self.path, self._lock, self._key, self.users = path, lock, key, 0
-        self._stop, self._door = threading.Event(), None
+        self._stop = threading.Event()
+        self._door: _Door | None = None
         is_read_only = lock is None
         self.engine = Engine(lambda: self._open(is_read_only), path)
         self.backend = EngineBackend(self.engine)
@@ -193,10 +215,10 @@ class Ownership:
         """Finish what was begun and give the file back."""
         self._stop.set()
         if self._door:
-            self._door.shutdown()
-            self._door.server_close()
             self._desk.close()
         self.engine.close()
+        if self._door:
+            self._door.close()
         if self._lock is not None:
             with contextlib.suppress(OSError):
                 owner_file(self.path).unlink()
@@ -302,7 +324,7 @@ class FileBackend:
         found = self._found
         return found.backend if isinstance(found, Ownership) else found
 
-    def _call(self, do: Callable[[Any, bool], T]) -> T:
+    def _call(self, do: Callable[[Backend, bool], T]) -> T:
         """Make a call, with the next owner when this one is gone."""
         found, is_retry = self._now(), False
         while True:
@@ -346,7 +368,7 @@ class FileBackend:
 
     def counts(self) -> dict[str, int]:
         """Rows of each table that has any."""
-        return self._call(lambda backend, _: dict(backend.counts()))
+        return self._call(lambda backend, _: backend.counts())
 
     def verify(self) -> AuditReport:
         """The audit's finding."""
@@ -358,7 +380,7 @@ class FileBackend:
 
     def last_change(self, table: str | None) -> int:
         """Number of the last change of a table, or of any."""
-        return self._call(lambda backend, _: int(backend.last_change(table)))
+        return self._call(lambda backend, _: backend.last_change(table))
 
     def receipt(self, key: str) -> tuple[str, int, str] | None:
         """What was answered to a request before."""

@@ -79,10 +79,14 @@ class Connection:
             connection = self._open()
             connection.request(method, f"{self._path}/{call}", body, self._headers)
             answer = connection.getresponse()
-            return answer.status, answer.read()
+            status, data = answer.status, answer.read()
         except (OSError, http.client.HTTPException) as error:
             self.drop()
             raise OwnerGone(f"{self.base} does not answer: {error}") from error
+        if status == 503:
+            self.drop()
+            raise OwnerGone(f"{self.base} is closing")
+        return status, data
 
 # %% ../../nbs/store/15_remote.ipynb #f7ea7b25
 _WATCH_S = 0.5
@@ -186,7 +190,7 @@ class RemoteBackend:
     def receipt(self, key: str) -> tuple[str, int, str] | None:
         """What was answered to a request before."""
         found = self._call("receipt", key=key)[0]["receipt"]
-        return tuple(found) if found else None  # type: ignore[return-value]
+        return (found[0], found[1], found[2]) if found else None
 
     def keep_receipt(self, key: str, fingerprint: str, status: int, body: str) -> None:
         """Remember an answer, inside a transaction."""

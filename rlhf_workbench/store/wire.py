@@ -16,6 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -173,8 +174,10 @@ def _give_up() -> None:
 
 # %% ../../nbs/store/14_wire.ipynb #6d18a823
 _TABLES = {kind.table: kind for kind in RECORDS}
-ALL_CALLS = ("append", "append_table", "select", "query", "counts", "verify", "audit_rows", "last_change", "receipt")
-ALL_CALLS += ("keep_receipt", "begin", "commit", "rollback")
+ALL_CALLS = (
+    *("append", "append_table", "select", "query", "counts", "verify", "audit_rows", "last_change"),
+    *("receipt", "keep_receipt", "begin", "commit", "rollback"),
+)
 
 
 @dataclass(frozen=True)
@@ -203,7 +206,7 @@ class Desk:
         message: bytes,
         caller: Caller | None = None,  # None: the user of this machine
     ) -> tuple[int, bytes]:  # HTTP status, message
-        """Do a call; every error of ours becomes an answer."""
+        """Do a call; every error of ours becomes an answer, 503 when the store is being closed."""
         try:
             head, table = unpack(message)
             if call not in ALL_CALLS:
@@ -212,7 +215,8 @@ class Desk:
         except (KeyError, TypeError, AttributeError) as error:
             return pack_error(InputError(f"the call {call} needs other words: {error!r}"))
         except WorkbenchError as error:
-            return pack_error(error)
+            status, answer = pack_error(error)
+            return (503 if self.backend.engine.is_closed else status), answer
 
     def close(self) -> None:
         """Undo the transactions that are open."""
@@ -226,17 +230,22 @@ class Desk:
         actor = caller.actor or str(head.get("actor", "local"))
         if call == "begin":
             return self._begin(actor, caller)
-        task = lambda: getattr(self, f"_{call}")(head, table, actor, caller)  # noqa: E731
-        if not head.get("transaction"):
-            return bytes(task())
-        transaction = self._open.get(head["transaction"])
-        if transaction is None or (caller.actor and transaction.actor != caller.actor):
-            raise StateError("this transaction is not open; it ended, or the store has a new owner: begin it again")
+        transaction = self._opened(head, caller) if head.get("transaction") else None
         if call in ("commit", "rollback"):
-            self._open.pop(transaction.id, None)
+            if transaction is None:
+                raise InputError(f"{call} needs the number of a transaction; begin one first")
+            del self._open[transaction.id]
             transaction.do(None if call == "commit" else _give_up)
             return pack({})
-        return bytes(transaction.do(task))
+        task: Callable[[], bytes] = partial(getattr(self, f"_{call}"), head, table, actor, caller)
+        return transaction.do(task) if transaction else task()
+
+    def _opened(self, head: dict[str, Any], caller: Caller) -> _Transaction:
+        """The caller's transaction that the message names."""
+        found = self._open.get(head["transaction"])
+        if found is None or (caller.actor and found.actor != caller.actor):
+            raise StateError("this transaction is not open; it ended, or the store has a new owner: begin it again")
+        return found
 
     def _begin(self, actor: str, caller: Caller) -> bytes:
         """Open a transaction."""
