@@ -16,9 +16,12 @@ from typing import Any
 
 import click
 
+from .commands.plugins import plugins
+from .commands.store import need_key, store_group
 from .commands.verbs import FILE, OUT, Verbs, existing_file, rows_of, say, shared, text_of
 from .commands.webhooks import alert, webhook
 from .core.errors import InputError, WorkbenchError
+from .core.files import SEALED
 
 # %% ../nbs/cli.ipynb #ed663bb7
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -142,8 +145,9 @@ def import_preferences(
     from rlhf_workbench.store.tables import connect
 
     existing_file(file)
+    key = need_key(store, None) if file.name.lower().endswith(SEALED) else None
     with connect(store) as opened:
-        report = import_file(opened, file, format=layout, dataset=dataset, skip_empty=skip_empty)
+        report = import_file(opened, file, format=layout, dataset=dataset, skip_empty=skip_empty, key=key)
     said = f"{report.n_rows} rows of {report.format} are now dataset {report.dataset!r}"
     say(as_json, asdict(report), "\n".join([said, *report.notes]))
 
@@ -156,6 +160,7 @@ def import_preferences(
 @click.option("--labels", type=click.Choice(["consensus"]), help="What people agreed on, not what came with the rows.")
 @click.option("--allow-loss", is_flag=True, help="Write also what the other form cannot say in full.")
 @click.option("--overwrite", is_flag=True, help="Replace the file when it is there.")
+@click.option("--encrypt", is_flag=True, help="Seal the file with the store's key; its name ends in .sealed.")
 def export_preferences(
     name: str,
     file: Path,
@@ -163,6 +168,7 @@ def export_preferences(
     labels: Any,
     allow_loss: bool,
     overwrite: bool,
+    encrypt: bool,
     store: Path,
     as_json: bool,
 ) -> None:
@@ -173,8 +179,10 @@ def export_preferences(
     from rlhf_workbench.store.exchange import export_dataset
     from rlhf_workbench.store.tables import connect
 
+    options = {"format": layout, "labels": labels, "allow_loss": allow_loss, "overwrite": overwrite}
+    key = need_key(store, None) if encrypt else None
     with connect(store, read_only=True) as opened:
-        n = export_dataset(opened, name, file, format=layout, labels=labels, allow_loss=allow_loss, overwrite=overwrite)
+        n = export_dataset(opened, name, file, key=key, **options)
     say(as_json, {"name": name, "file": file, "rows": n}, f"{n} rows written to {file}")
 
 
@@ -294,9 +302,14 @@ def audit() -> None:
 
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]
+
+app.add_command(store_group)
+app.sections["Keep"] = ["store"]
 app.add_command(webhook)
 app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
+app.add_command(plugins)
+app.sections["Machine"] = ["plugins"]
 
 
 @audit.verb("Trust")

@@ -7,7 +7,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/core/plugins.html.md"""
 # %% auto #0
 __all__ = ['Kind', 'PROTOCOLS', 'GROUP', 'Generator', 'AnnotationSource', 'Aggregator', 'Calibrator', 'Exporter', 'Acquisition',
            'Curriculum', 'Detector', 'AlertChannel', 'methods', 'kind_of_plugin', 'PluginError', 'Plugin', 'blame',
-           'find_plugins', 'find_plugin', 'Guarded', 'make_part', 'load_plugin', 'plugin_table']
+           'find_plugins', 'only_one', 'find_plugin', 'Guarded', 'make_part', 'load_plugin', 'plugin_table']
 
 # %% ../../nbs/core/06_plugins.ipynb #d12bc2a4
 import re
@@ -220,7 +220,7 @@ def blame(
     except passing:
         raise
     except (Exception, SystemExit) as error:
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        said = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
         raise plugin.fault(f"failed {doing} ({said})") from error
 
 # %% ../../nbs/core/06_plugins.ipynb #81447a15
@@ -241,19 +241,27 @@ def find_plugins(
     return sorted(wanted, key=lambda plugin: (plugin.kind, plugin.name, plugin.distribution))
 
 
+def only_one(
+    found: Sequence[Plugin],  # of one kind and name, at least one
+) -> Plugin:
+    """The plugin that a name means; raises `StateError` when two packages bring it."""
+    if len(found) > 1:
+        who = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in found)
+        raise StateError(f"{who} both bring a {found[0].kind} {found[0].name!r}; uninstall one of them")
+    return found[0]
+
+
 def find_plugin(
     kind: str,
     name: str,
 ) -> Plugin:
     """One plugin by name; raises `MissingError` when there is none, `StateError` when two packages bring it."""
-    found = [plugin for plugin in find_plugins(kind) if plugin.name == name]
+    installed = find_plugins(kind)
+    found = [plugin for plugin in installed if plugin.name == name]
     if not found:
-        names = ", ".join(sorted({plugin.name for plugin in find_plugins(kind)})) or "none"
+        names = ", ".join(dict.fromkeys(plugin.name for plugin in installed)) or "none"
         raise MissingError(f"there is no {kind} {name!r}; installed: {names}")
-    if len(found) > 1:
-        who = " and ".join(f"{plugin.distribution} {plugin.version}" for plugin in found)
-        raise StateError(f"{who} both bring a {kind} {name!r}; uninstall one of them")
-    return found[0]
+    return only_one(found)
 
 # %% ../../nbs/core/06_plugins.ipynb #25685018
 class Guarded:
@@ -304,11 +312,11 @@ def load_plugin(
 # %% ../../nbs/core/06_plugins.ipynb #6fd9666f
 def plugin_table() -> pd.DataFrame:  # kind, name, distribution, version, state ("ok", or what is wrong)
     """Every installed plugin, imported and made once to see whether it works."""
-    rows = []
-    for plugin in find_plugins():
+    rows, installed = [], find_plugins()
+    for plugin in installed:
         try:
             make_part(plugin)
-            find_plugin(plugin.kind, plugin.name)
+            only_one([other for other in installed if (other.kind, other.name) == (plugin.kind, plugin.name)])
             state = "ok"
         except WorkbenchError as error:
             state = f"broken: {error}"

@@ -6,7 +6,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/govern/access.html.md"""
 
 # %% auto #0
 __all__ = ['PERMISSIONS', 'R', 'Right', 'permission_table', 'Identity', 'may', 'require', 'readable_tables', 'make_token',
-           'find_identity', 'revoke_token', 'invite', 'revoke_member', 'member_identity']
+           'find_identity', 'revoke_token', 'invite', 'revoke_member', 'member_identity', 'right_table']
 
 # %% ../../nbs/govern/03_access.ipynb #80962f3c
 import hashlib
@@ -319,3 +319,22 @@ def member_identity(
             return Identity(member.name or member.subject, member.role, project)
     who = email_if_verified or subject
     raise DeniedError(f"{who} is no member of project {project}; ask an admin for an invitation")
+
+# %% ../../nbs/govern/03_access.ipynb #57597fac
+def right_table(
+    store: Store,
+    kind: type[Token] | type[Member],
+) -> pd.DataFrame:  # id, who (name or subject), role, then the kind's own columns, state; oldest first
+    """Every right that was given in a project, and whether it holds."""
+    now, rows = utc_now(), []
+    for right in store.records(kind):
+        row: dict[str, Any] = {"id": right.replaces or right.id, "role": right.role}
+        is_late = False
+        if isinstance(right, Token):
+            row |= {"name": right.name, "scopes": " ".join(right.scopes), "expires_at": right.expires_at}
+            is_late = right.expires_at is not None and right.expires_at <= now
+        else:
+            row |= {"subject": right.subject, "issuer": right.issuer}
+        rows.append(row | {"state": "revoked" if right.revoked_at else "expired" if is_late else "good"})
+    own = ["name", "role", "scopes", "expires_at"] if kind is Token else ["subject", "role", "issuer"]
+    return pd.DataFrame(rows, columns=["id", *own, "state"]).sort_values("id", ignore_index=True)

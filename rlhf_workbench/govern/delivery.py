@@ -65,8 +65,9 @@ def _payload(store: Store, change: dict[str, Any], ids: Sequence[tuple[str, str 
 # %% ../../nbs/govern/07_delivery.ipynb #54bfc7de
 _TOLD = "SELECT webhook_id, max((payload->'data'->>'seq')::BIGINT) AS seq FROM delivery GROUP BY webhook_id"
 _CHANGES = """
-SELECT seq, recorded_at, table_name, n_rows, hash FROM audit
-WHERE seq > ? AND seq <= ? AND table_name IN (SELECT unnest(?)) ORDER BY seq LIMIT ?
+SELECT seq, recorded_at, table_name, n_rows, hash
+FROM audit JOIN (SELECT unnest($tables) AS table_name, unnest($starts) AS start) USING (table_name)
+WHERE seq > $after AND seq <= $head AND seq > start ORDER BY seq LIMIT $limit
 """
 
 
@@ -80,25 +81,31 @@ def queue_events(
     head = int(store.sql("SELECT coalesce(max(seq), 0) AS head FROM audit")["head"][0])
     if not listening or after == head:
         return head
-    after = _told_until(store, listening) if after is None else after
-    tables = [event.partition(".")[0] for event in EVENTS if any(wants(e.events, event) for e in listening)]
-    found = store.sql(_CHANGES, [after, head, tables, limit])
+    starts = _starts(store, listening) if after is None else {event.partition(".")[0]: after for event in EVENTS}
+    places = {"tables": list(starts), "starts": list(starts.values()), "after": min(starts.values())}
+    found = store.sql(_CHANGES, places | {"head": head, "limit": limit})
     changes = [{str(name): value for name, value in row.items()} for row in found.to_dict("records")]
     _queue(store, listening, changes)
     return int(found["seq"].iloc[-1]) if len(found) == limit else head
 
 
-def _told_until(store: Store, listening: Sequence[Endpoint]) -> int:
-    """The sequence number up to which every webhook's events are queued."""
+def _starts(store: Store, listening: Sequence[Endpoint]) -> dict[str, int]:
+    """Table → the sequence number up to which its events are queued for everybody who wants them."""
     told = store.sql(_TOLD).set_index("webhook_id")["seq"].dropna().to_dict()
-    return min(max(endpoint.since_seq, int(told.get(endpoint.id, 0))) for endpoint in listening)
+    starts: dict[str, int] = {}
+    for endpoint in listening:
+        reached = max(endpoint.since_seq, int(told.get(endpoint.id, 0)))
+        for event in (event for event in EVENTS if wants(endpoint.events, event)):
+            table = event.partition(".")[0]
+            starts[table] = min(reached, starts.get(table, reached))
+    return starts
 
 
 def _queue(store: Store, listening: Sequence[Endpoint], changes: Sequence[dict[str, Any]]) -> None:
     """Append what is not queued yet, in the order of the log, all or nothing."""
     if not changes:
         return
-    payloads, now = event_payloads(store, changes), utc_now()
+    payloads = event_payloads(store, changes)
     names = {change["seq"]: f"evt_{change['hash'][:32]}" for change in changes}
     with store.transaction():
         known = "SELECT DISTINCT webhook_id, event_id FROM delivery WHERE event_id IN (SELECT unnest(?))"
@@ -110,7 +117,7 @@ def _queue(store: Store, listening: Sequence[Endpoint], changes: Sequence[dict[s
             if seq > e.since_seq and wants(e.events, told["type"]) and (e.id, names[seq]) not in there
         ]
         if waiting:
-            store.append([replace(one, next_at=now, actor="webhooks") for one in waiting])
+            store.append([replace(one, actor="webhooks") for one in waiting])
 
 # %% ../../nbs/govern/07_delivery.ipynb #f3007358
 SCHEDULE_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0, 7200.0, 14400.0, 28800.0)  # longest wait after each attempt
@@ -137,7 +144,7 @@ def after_attempt(
 # %% ../../nbs/govern/07_delivery.ipynb #6cfa3ee8
 _DUE = """
 SELECT id FROM current_delivery
-WHERE status IN ('waiting', 'failed') AND coalesce(next_at, recorded_at) <= $now AND webhook_id NOT IN (
+WHERE status IN ('waiting', 'failed') AND (next_at IS NULL OR next_at <= $now) AND webhook_id NOT IN (
     SELECT webhook_id FROM current_delivery WHERE status = 'failed' AND next_at > $now AND error LIKE '%Retry-After%')
 QUALIFY row_number() OVER (PARTITION BY webhook_id ORDER BY id) <= $limit ORDER BY id
 """
@@ -249,7 +256,7 @@ def replay(
             replace(one, id=new_id(), replaces=one.id, recorded_at=now, actor=store.actor, attempt=0, status="waiting")
             for one in chosen
         ]
-        again = [replace(one, response_code=None, error=None, next_at=now, seconds=0.0) for one in again]
+        again = [replace(one, response_code=None, error=None, next_at=None, seconds=0.0) for one in again]
         store.append(again)
     return again
 
@@ -259,7 +266,9 @@ def _ended(store: Store, delivery_id: str, active: set[str]) -> Delivery:
     old = store.get(Delivery, delivery_id)
     present = store.records(Delivery, webhook_id=old.webhook_id, event_id=old.event_id)[-1]
     if present.status not in ("dead", "delivered"):
-        raise StateError(f"delivery {delivery_id} is {present.status} and will be tried at {present.next_at}; wait")
+        raise StateError(
+            f"delivery {delivery_id} is {present.status} and will be tried {present.next_at or 'next'}; wait"
+        )
     if present.webhook_id not in active:
         raise StateError(f"webhook {present.webhook_id} is switched off; add the address again")
     return present
