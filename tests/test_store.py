@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_workbench.core.errors import InputError, MissingError, StateError
-from rlhf_workbench.core.schema import Annotation, Model, Prompt, columns
+from rlhf_workbench.core.schema import RECORDS, Annotation, Model, Prompt, columns
 from rlhf_workbench.store.tables import connect
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=40)
@@ -99,12 +99,32 @@ def test_sql_only_reads(query: str) -> None:
         store.sql(query)
 
 
-def test_a_second_writer_is_told_who_is_in_the_way(tmp_path: Path) -> None:
+def test_a_second_process_joins_and_writes(tmp_path: Path) -> None:
     path = tmp_path / "s.duckdb"
-    with connect(path):
-        code = f"from rlhf_workbench.store.tables import connect; connect({str(path)!r})"
-        other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert "StateError: another process is writing to" in other.stderr
+    with connect(path) as store:
+        code = f"""
+from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store.tables import connect
+with connect({str(path)!r}, actor="other") as store:
+    store.append(Prompt(text="from the other process"))
+"""
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+        assert [p.text for p in store.records(Prompt)] == ["from the other process"]
+        assert store.audit_rows()["actor"].to_pylist() == ["other"]
+
+
+def test_a_foreign_program_in_the_way_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    connect(path).close()
+    code = f"import duckdb; con = duckdb.connect({str(path)!r}); print('open', flush=True); input()"
+    foreign = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert foreign.stdout
+        assert foreign.stdout.readline() == "open\n"
+        with pytest.raises(StateError, match=f"process {foreign.pid} is writing to"):
+            connect(path)
+    finally:
+        foreign.communicate("\n")
 
 
 def test_files_that_are_no_store_are_refused(tmp_path: Path) -> None:
@@ -160,8 +180,8 @@ def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path: Path) -> 
 
 def test_every_record_type_has_its_table() -> None:
     with connect(":memory:") as store:
-        table = store.sql("SELECT column_name FROM duckdb_columns() WHERE table_name = 'annotation'")
-        assert [*columns(Annotation), "audit_seq"] == table["column_name"].tolist()
+        for kind in RECORDS:
+            assert [*columns(kind), "audit_seq"] == list(store.sql(f"SELECT * FROM current_{kind.table}").columns)
 
 
 def test_times_are_utc(tmp_path: Path) -> None:
