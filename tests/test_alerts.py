@@ -60,7 +60,7 @@ def test_a_rejected_cause_raises_no_second_alert_after_the_first_is_resolved(sto
 STEPS = st.lists(st.tuples(st.sampled_from(["raise", "ack", "resolve"]), st.sampled_from("abc")), max_size=25)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(steps=STEPS)
 def test_whatever_happens_one_alert_a_cause_stands_and_none_moves_back(steps: list[tuple[str, str]]) -> None:
     with connect(":memory:") as store:
@@ -81,8 +81,8 @@ def test_whatever_happens_one_alert_a_cause_stands_and_none_moves_back(steps: li
                 else:
                     with pytest.raises(StateError):
                         move(store, first_ids[cause], actor="bob", reason="so")
-        standing = {alert.fingerprint: alert.status for alert in open_alerts(store)}
-        assert standing == {cause: now for cause, now in state.items() if now != "resolved"}
+        standing = sorted((alert.fingerprint, alert.status) for alert in open_alerts(store))
+        assert standing == sorted((cause, now) for cause, now in state.items() if now != "resolved")
         assert all(present_alert(store, first_ids[cause]).status == now for cause, now in state.items())
         assert store.verify().is_intact
 

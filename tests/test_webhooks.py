@@ -276,11 +276,11 @@ MAKERS: dict[str, Any] = {
     "delivery": lambda: Delivery(webhook_id="gone", event_id="e", event="x", status="delivered"),
 }
 WRITES = st.lists(
-    st.tuples(st.lists(st.sampled_from(sorted(MAKERS)), min_size=1, max_size=3), st.booleans()), max_size=12
+    st.tuples(st.lists(st.sampled_from(sorted(MAKERS)), min_size=1, max_size=3), st.booleans()), max_size=8
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(writes=WRITES, limit=st.integers(1, 5), hinted=st.booleans())
 def test_each_webhook_is_told_once_of_what_it_wants_in_order(
     writes: list[tuple[list[str], bool]], limit: int, hinted: bool
@@ -296,6 +296,7 @@ def test_each_webhook_is_told_once_of_what_it_wants_in_order(
         late = add_webhook(store, "https://late.example/").id
         while seen != (seen := queue_events(store, seen if hinted else None, limit)):
             pass
+        queue_events(store, 0)  # as a second dispatcher would that knows nothing of the first
         log = store.sql("SELECT seq, table_name FROM audit WHERE table_name NOT IN ('delivery', 'webhook', 'token')")
         for hook, events in hooks.items():
             told = [d.payload["data"]["seq"] for d in store.records(Delivery, webhook_id=hook)]
@@ -390,7 +391,7 @@ def test_a_dispatcher_in_single_file_keeps_the_order_and_loses_nothing(store: St
         list(pool.map(lambda n: store.append([Prompt(text=str(n)), Alert(severity="info", title="x")]), range(30)))
         receiver.wait_for(lambda got: len({message.seq for message in got}) == 60)
     seqs = [message.seq for message in receiver.got]
-    assert seqs == sorted(seqs)
+    assert seqs == sorted(set(seqs)), "out of order, or told twice without need"
     assert {status for _, status in _states(store)} == {"delivered"}
 
 

@@ -103,7 +103,9 @@ class Dispatcher:
         seen, self._seen = self._seen, queue_events(self._store, self._seen)
         if self._seen != seen:
             self._wake.set()
-        due = due_deliveries(self._store, utc_now())
+        with self._lock:  # before the look: what ends during it still looks due
+            busy = {delivery_id for lane in self._lanes.values() for delivery_id in lane.at}
+        due = [one for one in due_deliveries(self._store, utc_now()) if one.id not in busy]
         known = {endpoint.id: endpoint for endpoint in endpoints(self._store)} if due else {}
         for delivery in due:
             self._hand_out(delivery, known[delivery.webhook_id])
