@@ -32,6 +32,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from joserfc import jwt
 from joserfc.jwk import OctKey, RSAKey
+from starlette.concurrency import run_in_threadpool
 from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
@@ -143,17 +144,15 @@ def make_app(doors: SignIn) -> FastAPI:
         try:
             while True:
                 text = await websocket.receive_text()
-                if text == "push":  # the server talks without being asked
-                    await websocket.send_text("ready")
-                    pushes[str(id(websocket))] = websocket
-                else:
-                    await websocket.send_text(text)
+                app.state.heard.append(text)
+                await websocket.send_text(text)
+                if text == "push":  # later, the server talks without being asked
+                    await run_in_threadpool(app.state.push.wait, 30)
+                    await websocket.send_text("news")
         except WebSocketDisconnect:
-            ended.set()
+            app.state.ended.set()
 
-    pushes: dict[str, WebSocket] = {}
-    ended = threading.Event()
-    app.state.ended = ended
+    app.state.push, app.state.ended, app.state.heard = threading.Event(), threading.Event(), list[str]()
     return app
 
 
@@ -225,7 +224,10 @@ def test_a_link_works_only_here_and_is_spent_elsewhere(doors: SignIn, address: s
     assert browse(doors).get(link).status_code == 403
 
 
-@pytest.mark.parametrize("url", ["http://10.0.0.5:5006", "https://workbench.example", "http://127.0.0.1.evil.example"])
+@pytest.mark.parametrize(
+    "url",
+    ["http://10.0.0.5:5006", "https://workbench.example", "http://0.0.0.0:5006", "", "http://127.0.0.1.evil.example"],
+)
 def test_no_link_is_made_for_another_machine(doors: SignIn, url: str) -> None:
     with pytest.raises(InputError, match="only for this machine"):
         doors.one_time_link(url)
@@ -399,19 +401,16 @@ def test_too_many_attempts_have_to_wait(pilot: Store) -> None:
 
 
 @contextmanager
-def serving(doors: SignIn) -> Iterator[str]:
+def serving(doors: SignIn, app: FastAPI | None = None) -> Iterator[str]:
     """The service on a free port of this machine."""
     listener = socket.create_server(("127.0.0.1", 0))
-    app = make_app(doors)
+    app = app or make_app(doors)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    is_up = threading.Event()
-    app.router.on_startup = []
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     base = f"http://127.0.0.1:{listener.getsockname()[1]}"
     try:
         WEB.get(f"{base}/signin")  # the listener queues us until it is up
-        is_up.set()
         yield base
     finally:
         server.should_exit = True
@@ -452,7 +451,8 @@ def test_a_websocket_opens_only_for_our_own_page_and_people(doors: SignIn) -> No
 @pytest.mark.parametrize("how", ["revoked", "signed out"])
 def test_an_open_websocket_ends_with_the_right(doors: SignIn, pilot: Store, how: str) -> None:
     member = invite(pilot, "ada@example.org", "researcher")
-    with serving(doors) as base:
+    app = make_app(doors)
+    with serving(doors, app) as base:
         person = Person("https://id.example", "u-ada", "ada@example.org")
         cookies = {f"rlhfw_session_{urlsplit(base).port}": doors._sessions.issue(person)}
         with knock(base, cookies, base) as line:
@@ -468,8 +468,28 @@ def test_an_open_websocket_ends_with_the_right(doors: SignIn, pilot: Store, how:
                 line.recv(30)
             assert end.value.rcvd is not None
             assert end.value.rcvd.code == 1008
+        assert app.state.ended.wait(30)
+        assert app.state.heard == ["hello"]  # the page never got the second one
         with pytest.raises(InvalidStatus):
             knock(base, cookies, base)
+
+
+def test_an_open_page_that_only_listens_hears_nothing_more(doors: SignIn, pilot: Store) -> None:
+    member = invite(pilot, "ada@example.org", "researcher")
+    app = make_app(doors)
+    with serving(doors, app) as base:
+        person = Person("https://id.example", "u-ada", "ada@example.org")
+        cookies = {f"rlhfw_session_{urlsplit(base).port}": doors._sessions.issue(person)}
+        with knock(base, cookies, base) as line:
+            line.send("push")
+            assert line.recv(30) == "push"
+            revoke_member(pilot, member.id)
+            app.state.push.set()
+            with pytest.raises(ConnectionClosed) as end:
+                line.recv(30)
+            assert end.value.rcvd is not None
+            assert end.value.rcvd.code == 1008
+        assert app.state.ended.wait(30)  # the page was told that its visitor is gone
 
 
 # ---- the identity provider
@@ -663,10 +683,12 @@ def test_a_wrong_state_is_refused_and_ends_the_question(team: SignIn, pilot: Sto
 
 def test_an_answer_works_once(team: SignIn, pilot: Store) -> None:
     invite(pilot, "ada@example.org", "reviewer")
-    browser = browse(team)
+    browser, copy = browse(team), browse(team)
     answer = consent(ask(browser))
+    copy.cookies.update(dict(browser.cookies))  # a browser that never forgets a cookie
     assert browser.get(answer).status_code == 303
     expect_refusal(browser.get(answer), "did not ask")
+    expect_refusal(copy.get(answer), "did not ask")
 
 
 def test_a_used_or_stolen_code_is_worth_nothing(team: SignIn, pilot: Store) -> None:

@@ -151,8 +151,8 @@ class Guard:
 
         async def check() -> bool:
             nonlocal is_over
-            if not is_over and not await run_in_threadpool(self.admit, connection):
-                is_over = True
+            if not is_over and not await run_in_threadpool(self.admit, connection) and not is_over:
+                is_over = True  # no await since the last look: the line is closed once
                 await send({"type": "websocket.close", "code": 1008, "reason": "signed out"})
             return is_over
 

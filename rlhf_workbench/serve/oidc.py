@@ -9,6 +9,7 @@ __all__ = ['log', 'OidcSettings', 'is_loopback', 'check_issuer', 'read_oidc_sett
 
 # %% ../../nbs/serve/11_oidc.ipynb #45d7971a
 import hmac
+import ipaddress
 import logging
 import os
 import secrets
@@ -39,7 +40,11 @@ def is_loopback(
     url: str,
 ) -> bool:
     """Whether an address leads to this very machine."""
-    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def check_issuer(

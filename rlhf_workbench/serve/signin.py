@@ -90,7 +90,7 @@ class SignInSettings:
     idle_s: float = 2 * 3600  # a session ends when it was not used for so long
     session_s: float = 12 * 3600  # and after that in any case
     link_s: float = 3600  # how long a link is good
-    attempts: int = 20  # to sign in, a minute and address; fifteen times as many altogether
+    attempts: int = 60  # to sign in, a minute and address; fifteen times as many altogether
 
 # %% ../../nbs/serve/13_signin.ipynb #ff1c2bad
 _ASKING_S = 600  # how long somebody may take at the provider
