@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from .commands.access import member, token
+from .commands.doctor import doctor
 from .commands.plugins import plugins
 from .commands.serve import serve
 from .commands.store import KEY_FILE, need_key, store_group
@@ -312,8 +313,9 @@ app.sections["Let in"] = ["token", "member"]
 app.add_command(webhook)
 app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
+app.add_command(doctor)
 app.add_command(plugins)
-app.sections["Machine"] = ["plugins"]
+app.sections["Machine"] = ["doctor", "plugins"]
 
 
 @audit.verb("Trust")
