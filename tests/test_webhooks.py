@@ -573,3 +573,40 @@ def test_a_refused_address_is_not_kept(store: Store) -> None:
     with pytest.raises(DeniedError, match="no public address"):
         add_webhook(store, "https://169.254.169.254/")
     assert store.counts() == {}
+
+
+def test_a_change_wakes_the_dispatcher_which_else_sleeps(store: Store, receiver: Receiver) -> None:
+    _listen(store, receiver)
+    with Dispatcher(store, send=SEND, poll_s=3600):
+        for n in range(1, 4):
+            store.append(Prompt(text="x"))
+            receiver.wait_for(lambda got, n=n: len(got) == n)
+
+
+def test_the_terminal_joins_the_process_that_serves(
+    tmp_path: Path, receiver: Receiver, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"ALLOW": "127.0.0.0/8", "PORTS": str(receiver.port), "HTTP": "1"}.items():
+        monkeypatch.setenv(f"RLHFW_WEBHOOK_{name}", value)
+    path = tmp_path / "s.duckdb"
+    connect(path).close()
+    child = "from rlhf_workbench.cli import main; import sys; sys.exit(main(sys.argv[1:]))"
+
+    def rlhfw(*words: str) -> dict[str, Any]:
+        command = [sys.executable, "-c", child, *words, "--store", str(path), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    with connect(path) as store, Dispatcher(store, poll_s=0.2):
+        made = rlhfw("webhook", "add", receiver.url, "--event", "prompt.created")
+        receiver.secret = made["secret"]
+        store.append(Prompt(text="x"))
+        receiver.wait_for(lambda got: len(got) == 1)
+        assert rlhfw("webhook", "test", made["id"])["status"] == "delivered"
+        (tested,) = [one for one in rlhfw("webhook", "log")["deliveries"] if one["event"] == "webhook.test"]
+        rlhfw("webhook", "replay", tested["id"])
+        receiver.wait_for(lambda got: len(got) == 3)
+        assert [one["is_active"] for one in rlhfw("webhook", "list")["webhooks"]] == [True]
+        rlhfw("webhook", "revoke", made["id"])
+    assert receiver.got[1].event_id == receiver.got[2].event_id

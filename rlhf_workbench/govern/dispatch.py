@@ -12,13 +12,14 @@ import logging
 import random
 import threading
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
-from typing import Any
 
 from ..core.schema import Delivery, utc_now
 from .delivery import Send, attempt, due_deliveries, queue_events, sender
 from .webhooks import Endpoint, endpoints
+from ..store.engine import Told
 from ..store.tables import Store
 
 # %% ../../nbs/govern/08_dispatch.ipynb #c2a93eea
@@ -62,7 +63,7 @@ class Dispatcher:
         self._seen: int | None = None
         self._lock, self._wake, self._stopping = threading.Lock(), threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
-        self._unwatch: Any = None
+        self._unwatch: Callable[[], None] = lambda: None
 
     def __enter__(self) -> "Dispatcher":
         self.start()
@@ -72,18 +73,22 @@ class Dispatcher:
         self.stop()
 
     def start(self) -> None:
-        """Begin; a store that can tell of changes wakes the dispatcher."""
-        watch = getattr(self._store, "watch", None)
-        self._unwatch = watch(lambda *_: self._wake.set()) if watch else None
+        """Begin; every change wakes the dispatcher, but not its own rows."""
+        self._unwatch = self._store.watch(self._notice)
         self._thread.start()
+
+    def _notice(self, told: Told) -> None:
+        """Look soon after a change of anything but deliveries."""
+        if any(table != Delivery.table for table, _, _ in told):
+            self._wake.set()
 
     def stop(self) -> None:
         """Finish what is being sent, leave the rest for the next dispatcher."""
         self._stopping.set()
         self._wake.set()
-        if callable(self._unwatch):
-            self._unwatch()
-        self._thread.join()
+        self._unwatch()
+        if self._thread.is_alive():
+            self._thread.join()
         for lane in self._lanes.values():
             lane.pool.shutdown(cancel_futures=True)
 
