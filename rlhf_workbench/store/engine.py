@@ -72,7 +72,8 @@ class Engine:
         self._head: tuple[int, str] | None = None
         self._readers: list[duckdb.DuckDBPyConnection] = []
         self._watchers: list[Callable[[Told], None]] = []
-        self._last: dict[str, int] | None = None
+        self._found: dict[str, int] | None = None  # last changes when first asked
+        self._told: dict[str, int] = {}  # last changes since; kept apart, so that a commit meanwhile is not lost
         self.is_closed, self.n_commits, self.n_writes = False, 0, 0
         self._head_file = HeadFile(path, self._read_head(), self._hash_at) if path else None
 
@@ -125,10 +126,12 @@ class Engine:
         table: str | None = None,  # None: any
     ) -> int:  # 0: none yet
         """Sequence number of the last committed change."""
-        if self._last is None:
+        if self._found is None:
             rows = self.read("SELECT table_name, max(seq) AS seq FROM audit GROUP BY 1").to_pylist()
-            self._last = {row["table_name"]: row["seq"] for row in rows} | (self._last or {})
-        return self._last.get(table, 0) if table else max(self._last.values(), default=0)
+            self._found = {row["table_name"]: row["seq"] for row in rows}
+        if table:
+            return max(self._found.get(table, 0), self._told.get(table, 0))
+        return max([0, *self._found.values(), *self._told.values()])
 
     def verify(self) -> AuditReport:
         """Check the chain against the tables and against the head kept beside the file."""
@@ -279,8 +282,7 @@ class Engine:
             return
         told = [(change.kind.table, row["seq"], change.n) for change, row, _ in group.entries]
         self.n_commits, self.n_writes = self.n_commits + 1, self.n_writes + len(told)
-        if self._last is not None:
-            self._last |= {table: seq for table, seq, _ in told}
+        self._told |= {table: seq for table, seq, _ in told}
         if self._head_file and self._head:
             self._head_file.write(self._head)
         for watcher in list(self._watchers):
