@@ -121,27 +121,19 @@ def readable_tables(
 
 # %% ../../nbs/govern/03_access.ipynb #d31828e7
 R = TypeVar("R", bound=Record)
-_rows: WeakKeyDictionary[Store, dict[str, tuple[int, dict[str, Any]]]] = WeakKeyDictionary()
+_rows: WeakKeyDictionary[Any, dict[str, tuple[int, dict[str, Any]]]] = WeakKeyDictionary()  # by the store's backend
 _rows_lock = threading.Lock()
-
-
-def _last_change(store: Store, kind: type[Record]) -> int:
-    """Number of the last change of a table."""
-    known = getattr(store, "last_change", None)
-    if known:
-        return int(known(kind))
-    return int(store.sql(f"SELECT coalesce(max(audit_seq), 0) AS n FROM {kind.table}")["n"][0])
 
 
 def _current(store: Store, kind: type[R]) -> dict[str, R]:
     """The current records by id."""
-    number = _last_change(store, kind)
+    number = store.last_change(kind)
     with _rows_lock:
-        seen, rows = _rows.setdefault(store, {}).get(kind.table, (-1, {}))
+        seen, rows = _rows.setdefault(store.backend, {}).get(kind.table, (-1, {}))
     if seen != number:
         rows = {record.id: record for record in store.records(kind)}
         with _rows_lock:
-            _rows[store][kind.table] = number, rows
+            _rows[store.backend][kind.table] = number, rows
     return rows
 
 # %% ../../nbs/govern/03_access.ipynb #a501a4ee
