@@ -483,7 +483,7 @@ def test_secrets_are_in_no_log_and_no_failure(
     send_test(store, old.id, send=SEND)
     deliver_due(store, utc_now() + timedelta(days=1), send=SEND)
     rows = store.sql("SELECT * FROM delivery").to_json() + store.sql("SELECT * FROM alert").to_json()
-    said = caplog.text + rows + repr(endpoints(store))
+    said = caplog.text + rows + repr(endpoints(store)) + repr(store.records(Webhook))
     assert "webhook" in caplog.text
     for secret in (old.secret, new.secret):
         assert secret.removeprefix("whsec_") not in said

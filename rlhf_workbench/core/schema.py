@@ -307,7 +307,7 @@ class Token(Record):
 
     name: str
     role: Role
-    secret_hash: str  # argon2id
+    secret_hash: str = field(repr=False)  # argon2id
     scopes: list[str] = field(default_factory=list)  # permissions that it is limited to; empty: all of its role
     expires_at: datetime | None = None
     revoked_at: datetime | None = None
@@ -343,7 +343,7 @@ class Webhook(Record):
 
     url: str
     events: list[str] = field(default_factory=list)  # names, such as `alert.created`; empty: all
-    secret: str  # `whsec_…`, signs every message
+    secret: str = field(repr=False)  # `whsec_…`, signs every message; never printed with the record
     description: str = ""
     revoked_at: datetime | None = None
 
