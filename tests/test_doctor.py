@@ -16,7 +16,7 @@ import pytest
 from rlhf_workbench.cli import main
 from rlhf_workbench.core.plugins import GROUP
 from rlhf_workbench.serve import doctor, installation
-from rlhf_workbench.serve.doctor import check_disk, check_machine, check_owner, check_port, examine
+from rlhf_workbench.serve.doctor import check_disk, check_machine, check_owner, check_port, check_private, examine
 from rlhf_workbench.serve.installation import Finding
 from rlhf_workbench.store.owner import OwnerNote, owner_file, write_owner
 
@@ -180,21 +180,29 @@ def test_a_cache_that_is_a_file_is_a_problem(tmp_path: Path, monkeypatch: pytest
     assert doctor.check_cache().level == "problem"
 
 
-@pytest.mark.parametrize("name", ["s.key", "s.duckdb.owner", "elsewhere"])
-@pytest.mark.parametrize("rights", [0o644, 0o620])
-def test_a_secret_that_others_may_read_is_a_problem(
-    name: str, rights: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    secret = tmp_path / name
+@pytest.mark.parametrize("rights", [0o644, 0o640, 0o604, 0o620, 0o601, 0o777])
+def test_a_secret_that_others_may_touch_is_a_problem(rights: int, tmp_path: Path) -> None:
+    secret = tmp_path / "key"
+    assert check_private("key file", secret) == []
     secret.write_text("marker-of-a-secret")
-    monkeypatch.setenv("RLHFW_STORE_KEY_FILE", str(tmp_path / "elsewhere"))
     secret.chmod(0o600)
-    assert not [f for f in examine(tmp_path / "s.duckdb") if f.level == "problem"]
+    assert [f.level for f in check_private("key file", secret)] == ["ok"]
     secret.chmod(rights)
-    found = [f for f in examine(tmp_path / "s.duckdb") if f.level == "problem"]
-    assert [f.advice for f in found] == [f"chmod 600 {secret}"]
-    assert f"{rights:03o}" in found[0].found
-    assert "marker-of-a-secret" not in str(examine(tmp_path / "s.duckdb"))
+    (found,) = check_private("key file", secret)
+    assert (found.level, found.advice) == ("problem", f"chmod 600 {secret}")
+    assert f"{rights:03o}" in found.found
+    assert is_complete(found)
+
+
+def test_every_place_of_a_secret_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHFW_STORE_KEY_FILE", str(tmp_path / "elsewhere"))
+    secrets = [tmp_path / name for name in ("s.key", "s.duckdb.owner", "elsewhere")]
+    for secret in secrets:
+        secret.write_text("marker-of-a-secret")
+        secret.chmod(0o644)
+    found = examine(tmp_path / "s.duckdb")
+    assert {f.advice for f in found if f.level == "problem"} == {f"chmod 600 {secret}" for secret in secrets}
+    assert "marker-of-a-secret" not in str(found)
 
 
 # The owner.

@@ -342,6 +342,30 @@ def test_a_plugin_that_raises_is_named_and_the_others_go_on(shelf: Callable[...,
     assert (states.loc["rlhf_workbench"] == "ok").all()
 
 
+def test_nothing_is_imported_before_it_is_used(shelf: Callable[..., None]) -> None:
+    shelf("lab-lazy", "class part:\n" + SEND.format("pass"), "channel.part")
+    assert find_plugin("channel", "part").version == "1.2"
+    assert "lab_lazy" not in sys.modules
+    load_plugin("channel", "part")
+    assert "lab_lazy" in sys.modules
+
+
+def test_the_command_that_checks_tells_by_its_exit_code(
+    shelf: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = "from rlhf_workbench.core.starters import ThreeBands as bands\n"
+    code = good + "class short(bands):\n    def order(self, *a, **k): return super().order(*a, **k)[1:]"
+    shelf("lab-order", code, "curriculum.bands", "curriculum.short")
+    assert main(["plugins", "check", "bands"]) == 0
+    assert "curriculum bands of lab-order 1.2: 3 of 3 kept" in capsys.readouterr().out
+    assert main(["plugins", "check", "curriculum.short", "--json"]) == 1
+    said = json.loads(capsys.readouterr().out)
+    assert not said["is_kept"]
+    assert {name for name, state in said["checks"].items() if state != "ok"} == {"every_row_once"}
+    assert main(["plugins", "check", "curriculum.nothing"]) == 2
+    assert "installed: bands, quick" in capsys.readouterr().err
+
+
 def test_errors_on_purpose_stay_what_they_are(shelf: Callable[..., None]) -> None:
     body = SEND.format("raise InputError('no title')")
     shelf("lab-strict", f"from rlhf_workbench.core.errors import InputError\nclass part:\n{body}", "channel.part")
