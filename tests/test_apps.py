@@ -1,23 +1,26 @@
 """The portal's parts and the labellers, without a browser."""
 
-import http.client
-import signal
-import socket
-import subprocess
-import sys
+import base64
+import json
+import re
 import threading
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("panel", reason="needs the extra apps: pip install 'rlhf_workbench[apps]'")
+pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
+
+from bokeh.protocol.exceptions import ProtocolError
+from fastapi.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
 
 from rlhf_workbench.apps.annotate import LabelSession, annotate_view, label_widget, progress_text, session_html
-from rlhf_workbench.apps.main import portal_server
+from rlhf_workbench.apps.main import build_app
+from rlhf_workbench.apps.mount import Visits
 from rlhf_workbench.apps.overview import (
     calibration_text,
     drift_plot,
@@ -35,8 +38,12 @@ from rlhf_workbench.apps.overview import (
 from rlhf_workbench.apps.portal import StoreWatch, draw_parts, overview_page
 from rlhf_workbench.collect.queue import add_items, next_task, submit
 from rlhf_workbench.core.errors import StateError
-from rlhf_workbench.core.schema import Annotation, Comparison, Generation, Model, Prompt, Proposal, Run, RunEnd
+from rlhf_workbench.core.schema import Annotation, Comparison, Generation, Lease, Model, Prompt, Proposal, Run, RunEnd
+from rlhf_workbench.govern.access import invite
 from rlhf_workbench.govern.approval import decide
+from rlhf_workbench.serve.callers import Service
+from rlhf_workbench.serve.oidc import Person
+from rlhf_workbench.serve.signin import SignIn
 from rlhf_workbench.store.tables import Store, connect
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -165,127 +172,149 @@ def test_figures_of_another_kind_do_not_break_the_page(figures: dict[str, Any]) 
 # Looking again and again
 
 
-@contextmanager
-def writer(path: Path, code: str = "") -> Iterator[None]:
-    """Another process that has the store open for writing."""
-    program = f"""
-import sys
-from rlhf_workbench.core.schema import Prompt
-from rlhf_workbench.store.tables import connect
-store = connect({str(path)!r})
-{code}
-print("open", flush=True)
-sys.stdin.read()
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], stdin=-1, stdout=-1, text=True)
-    assert process.stdout
-    try:
-        assert process.stdout.readline() == "open\n"
-        yield
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_busy_store_keeps_the_last_view(tmp_path: Path) -> None:
-    path = tmp_path / "s.duckdb"
-    with connect(path) as store:
+def test_a_watch_reads_only_what_is_new() -> None:
+    with connect(":memory:") as store:
+        watch = StoreWatch(store)
+        assert watch.look().counts == {}
+        before = watch.look()
+        assert watch.look() is before
         store.append(Prompt(text="one"))
-    watch = StoreWatch(path)
-    assert watch.look().counts == {"prompt": 1}
-    with writer(path, "store.append(Prompt(text='two'))"):
-        view = watch.look()
-        assert view.counts == {"prompt": 1}
-        assert view.notice.startswith("The store is busy: another process is writing")
-        assert watch.look() is view
-    assert watch.look().counts == {"prompt": 2}  # the writer was killed; its log is read
+        assert watch.look().counts == {"prompt": 1}
+
+
+def test_a_store_out_of_reach_keeps_the_last_view(tmp_path: Path) -> None:
+    store = connect(tmp_path / "s.duckdb")
+    store.append(Prompt(text="one"))
+    watch = StoreWatch(store)
     assert watch.look().notice == ""
-
-
-def test_a_watch_lets_others_write(tmp_path: Path) -> None:
-    path = tmp_path / "s.duckdb"
-    connect(path).close()
-    watch = StoreWatch(path)
-    watch.look()
-    with writer(path):
-        pass
-
-
-@pytest.mark.parametrize(("content", "problem"), [(None, "there is no store"), ("x" * 9000, "cannot open")])
-def test_a_store_out_of_reach_is_named(tmp_path: Path, content: str | None, problem: str) -> None:
-    path = tmp_path / "s.duckdb"
-    if content:
-        path.write_text(content)
-    view = StoreWatch(path).look()
-    assert problem in view.notice
-    assert overview_page(StoreWatch(path))
+    store.close()
+    view = watch.look()
+    assert view.counts == {"prompt": 1}
+    assert view.notice.startswith("The store is out of reach: ")
+    assert watch.look() is view
+    assert overview_page(watch)
     assert "notice" in draw_parts(view)["tiles"][0]
-    assert len(draw_parts(view)["tiles"]) == 1
 
 
 # Serving
 
 
-def test_a_taken_port_is_named() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(StateError, match=rf"port {port}.*--port"):
-            portal_server("nowhere.duckdb", port=port)
+@pytest.fixture
+def visits(store: Store) -> Iterator[Callable[[str], TestClient]]:
+    """The pages of a project as somebody with a role sees them."""
+    signin = SignIn({"pilot": store})
+    app, _ = build_app(Service({"pilot": store}, signin), signin)
+
+    def visit(role: str) -> TestClient:
+        browser = TestClient(app, base_url=HERE, client=("127.0.0.1", 4711), follow_redirects=False)
+        if role == "admin":
+            browser.get(signin.one_time_link(HERE))
+        elif role:
+            invite(store, f"{role}@example.org", role)  # type: ignore[arg-type]
+            person = Person("https://id.example", role, f"{role}@example.org")
+            browser.cookies.set("rlhfw_session_5006", signin._sessions.issue(person))
+        return browser
+
+    with TestClient(app):
+        yield visit
 
 
-@pytest.fixture(scope="module")
-def portal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The link of a served portal, and its process."""
-    path = tmp_path_factory.mktemp("portal") / "s.duckdb"
-    connect(path).close()
-    code = f"from rlhf_workbench.apps.main import serve_portal; serve_portal({str(path)!r}, port=0, open_browser=False)"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True)
-    assert process.stdout
-    try:
-        line = process.stdout.readline()
-        yield line.split()[4], process
-    finally:
-        process.kill()
-        process.communicate()
+HERE = "http://127.0.0.1:5006"
 
 
-@pytest.mark.server
-def test_the_page_asks_nobody_else(portal: tuple[str, Any]) -> None:
-    with urllib.request.urlopen(portal[0], timeout=30) as answer:
-        page = answer.read().decode()
-    assert "<title>RLHF Workbench</title>" in page
-    assert "Content-Security-Policy" in page
-    assert "https://" not in page
-    assert portal[0].startswith("http://127.0.0.1:")
+def talking(browser: TestClient) -> dict[str, str]:
+    """What a browser sends with a websocket; the test client forgets its base address there."""
+    cookies = "; ".join(f"{name}={value}" for name, value in browser.cookies.items())
+    return {"host": HERE.removeprefix("http://"), "cookie": cookies}
 
 
-def _ask_for_socket(link: str, origin: str) -> int:
-    """The status that the websocket's address answers with."""
-    headers = {"Origin": origin, "Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Version": "13"}
-    headers |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
-    connection = http.client.HTTPConnection(link.split("/")[2], timeout=30)
-    try:
-        connection.request("GET", "/ws", headers=headers)
-        return connection.getresponse().status
-    finally:
-        connection.close()
+PATHS = ("/", "/label", "/projects/pilot", "/projects/pilot/label")
 
 
-@pytest.mark.server
-def test_another_site_gets_no_data(portal: tuple[str, Any]) -> None:
-    assert _ask_for_socket(portal[0], "http://evil.example") == 403
-    assert _ask_for_socket(portal[0], portal[0].rstrip("/")) != 403
+@pytest.mark.parametrize("path", PATHS)
+def test_who_is_not_signed_in_is_sent_to_the_door(visits: Callable[[str], TestClient], path: str) -> None:
+    answer = visits("").get(path)
+    assert (answer.status_code, answer.headers["location"]) == (303, f"/signin?next={path}")
 
 
-@pytest.mark.server
-def test_ctrl_c_closes_the_portal(portal: tuple[str, subprocess.Popen[str]]) -> None:
-    process = portal[1]
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, out.strip()) == (0, "The portal is closed.")
-    assert "KeyboardInterrupt" not in err
+@pytest.mark.parametrize(
+    ("role", "sees"), [("admin", True), ("reviewer", True), ("auditor", True), ("annotator", False)]
+)
+def test_the_overview_is_for_those_who_may_read_it(visits: Callable[[str], TestClient], role: str, sees: bool) -> None:
+    page = visits(role).get("/")
+    assert page.status_code == 200
+    title = "<title>RLHF Workbench</title>" if sees else "<title>Queues · RLHF Workbench</title>"
+    assert title in page.text
+    assert '"token":"' in page.text
+    assert "https://" not in page.text
+
+
+def test_who_may_not_answer_gets_no_tasks(visits: Callable[[str], TestClient], store: Store) -> None:
+    assert visits("reviewer").get("/label?queue=q").status_code == 403
+    assert store.records(Lease) == []
+    assert visits("annotator").get("/label?queue=q").status_code == 200
+    assert [lease.annotator_id for lease in store.records(Lease)] == ["annotator@example.org"]
+
+
+def test_the_cookie_is_not_in_the_page(visits: Callable[[str], TestClient]) -> None:
+    browser = visits("admin")
+    secret = next(iter(browser.cookies.values()))
+    page = browser.get("/").text
+    (token,) = set(re.findall(r'"token":"([^"]+)"', page))
+    payload = base64.urlsafe_b64decode(token.split(".")[0] + "==")
+    packed = json.loads(payload)["__bk__zlib_"]
+    inside = zlib.decompress(base64.urlsafe_b64decode(packed + "==")).decode()
+    assert secret not in page + inside
+    assert "cookie" not in inside.lower() or '"cookies": {}' in inside
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_websocket_is_for_our_own_pages_and_visitors(visits: Callable[[str], TestClient], path: str) -> None:
+    browser = visits("admin")
+    (token,) = set(re.findall(r'"token":"([^"]+)"', browser.get(path).text))
+
+    def opens(who: TestClient, origin: str | None) -> bool:
+        headers = talking(who) | ({"origin": origin} if origin else {})
+        try:
+            with who.websocket_connect(
+                f"{path.rstrip('/')}/ws", subprotocols=["bokeh", token], headers=headers
+            ) as line:
+                return "ACK" in line.receive_text()
+        except WebSocketDisconnect:
+            return False
+
+    assert opens(browser, HERE)
+    assert not opens(browser, "http://evil.example")
+    assert not opens(browser, "http://127.0.0.1:8888")
+    assert not opens(browser, None)
+    assert not opens(visits(""), HERE)
+
+
+def test_a_line_that_ended_leaves_nothing_behind(store: Store) -> None:
+    signin = SignIn({"pilot": store})
+    app, _ = build_app(Service({"pilot": store}, signin), signin)
+    bokeh = next(m.kwargs["pages"] for m in app.user_middleware if m.cls is Visits)
+    with TestClient(app, base_url=HERE, client=("127.0.0.1", 4711)) as browser:
+        browser.get(signin.one_time_link(HERE))
+        (token,) = set(re.findall(r'"token":"([^"]+)"', browser.get("/").text))
+        headers = talking(browser) | {"origin": HERE}
+        with browser.websocket_connect("/ws", subprotocols=["bokeh", token], headers=headers) as line:
+            line.receive_text()
+            assert len(bokeh._clients) == 1
+        assert len(bokeh._clients) == 0
+
+
+def test_a_stranger_makes_no_session_up(visits: Callable[[str], TestClient]) -> None:
+    from bokeh.util.token import generate_jwt_token, generate_session_id
+
+    made_up = generate_jwt_token(generate_session_id(signed=False), signed=False, expiration=300)
+    browser = visits("admin")
+    headers = talking(browser) | {"origin": HERE}
+    with (
+        pytest.raises(ProtocolError),
+        browser.websocket_connect("/ws", subprotocols=["bokeh", made_up], headers=headers) as line,
+    ):
+        line.receive_text()
 
 
 # Labelling

@@ -1,11 +1,13 @@
 """The portal and the labelling page in headless Chromium."""
 
+import getpass
 import json
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("panel", reason="needs the extra apps: pip install 'rlhf_workbench[apps]'")
+pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
 pytest.importorskip("frouros", reason="needs the extra monitor: pip install 'rlhf_workbench[monitor]'")
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'rlhf_workbench[dev]'")
 
@@ -42,6 +45,7 @@ pytestmark = [
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver"),
 ]
 ATTACK = "<script>alert(1)</script>"
+RLHFW = "from rlhf_workbench.cli import main; raise SystemExit(main())"
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -116,21 +120,26 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # A server and a browser
 
 
-def served(code: str) -> Iterator[str]:
-    """The link that a program prints; the program is stopped afterwards."""
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=-1, text=True)
+@contextmanager
+def served(page: "Page", *stores: Path) -> Iterator[str]:
+    """The address of a running service in which the browser is signed in."""
+    words = [word for store in stores for word in ("--store", str(store))]
+    command = [sys.executable, "-c", RLHFW, "serve", *words, "--port", "0", "--no-open", "--json"]
+    process = subprocess.Popen(command, stdout=-1, text=True)
     assert process.stdout
     try:
-        yield next(word for word in process.stdout.readline().split() if word.startswith("http"))
+        said = json.loads(process.stdout.readline())
+        page.driver.get(said["link"])
+        yield said["url"]
     finally:
-        process.kill()
-        process.communicate()
+        process.terminate()
+        process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
-def link(store_path: Path) -> Iterator[str]:
-    call = f"serve_portal({str(store_path)!r}, port=0, open_browser=False)"
-    yield from served(f"from rlhf_workbench.apps.main import serve_portal; {call}")
+def link(page: "Page", store_path: Path) -> Iterator[str]:
+    with served(page, store_path) as url:
+        yield url
 
 
 class Page:
@@ -200,11 +209,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
 
 
 def test_it_loads_with_the_stores_numbers_and_no_complaint(page: Page, link: str, store_path: Path) -> None:
+    page.complaints()  # what earlier pages said
     first = page.open(link)
     again = page.open(link)
     print(f"loaded in {first:.2f} s, and again in {again:.2f} s")
     assert again < 6  # about one second on a quiet machine
-    with connect(store_path, read_only=True) as store:
+    with connect(store_path) as store:
         counts = store.counts()
         figures = run_once(store, watch_drift, seed=0, queues=["batch-1", "batch-2"]).figures
         votes = store.sql("SELECT figures FROM run_end ORDER BY id")["figures"].tolist()
@@ -253,39 +263,37 @@ def test_nothing_sticks_out(page: Page, link: str, width: int) -> None:
     assert page.ask(cut) == 0
 
 
-def test_a_busy_store_is_said_to_be_busy_and_then_read_again(page: Page, link: str, store_path: Path) -> None:
+def test_what_somebody_else_writes_appears_by_itself(page: Page, link: str, store_path: Path) -> None:
     page.open(link)
     before = page.ask("all(document.body).find(e => e.className === 'tile').textContent")
-    code = f"""
-import sys
-from rlhf_workbench.core.schema import Prompt
-from rlhf_workbench.store.tables import connect
-store = connect({str(store_path)!r}); store.append(Prompt(text="one more")); print("open", flush=True); sys.stdin.read()
-"""
-    writer = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True)
-    assert writer.stdout
-    try:
-        assert writer.stdout.readline() == "open\n"
-        page.ask("all(document.body).find(e => e.textContent === 'Refresh' && e.tagName === 'BUTTON').click()")
-        page.wait(lambda: "The store is busy: another process is writing" in page.text())
-        assert page.ask("all(document.body).find(e => e.className === 'tile').textContent") == before
-        assert page.drawn_plots() == 2
-    finally:
-        writer.kill()
-        writer.communicate()
-    page.wait(lambda: "The store is busy" not in page.text())  # by itself, within the refresh period
+    with connect(store_path) as store:  # joins the service
+        store.append(Prompt(text="one more"))
     n = int(before.split("Prompts")[0])
     page.wait(lambda: f"{n + 1} Prompts" in page.text())
+    assert page.drawn_plots() == 2
     assert page.complaints() == []
 
 
-def test_an_empty_store_says_what_to_do(page: Page, tmp_path: Path) -> None:
-    connect(tmp_path / "empty.duckdb").close()
-    call = f"serve_portal({str(tmp_path / 'empty.duckdb')!r}, port=0, open_browser=False)"
-    for empty in served(f"from rlhf_workbench.apps.main import serve_portal; {call}"):
-        page.driver.get(empty)
+def test_a_signed_out_browser_sees_the_door_and_gets_nothing_more(page: Page, store_path: Path, tmp_path: Path) -> None:
+    connect(tmp_path / "own.duckdb").close()
+    with served(page, tmp_path / "own.duckdb") as url:
+        page.driver.get(url)
         page.wait(lambda: "rlhfw demo" in page.text())
-        assert "Nothing has run in this store yet" in page.text()
+        page.driver.delete_all_cookies()
+        page.driver.get(url)
+        page.wait(lambda: "Open the link that the server printed" in page.text())
+        assert page.driver.current_url == f"{url}/signin?next=/"
+
+
+def test_an_empty_store_says_what_to_do(page: Page, tmp_path: Path) -> None:
+    page.complaints()
+    connect(tmp_path / "empty.duckdb").close()
+    connect(tmp_path / "other.duckdb").close()
+    with served(page, tmp_path / "empty.duckdb", tmp_path / "other.duckdb") as url:
+        for path in ("/", "/projects/other"):
+            page.driver.get(url + path)
+            page.wait(lambda: "rlhfw demo" in page.text())
+            assert "Nothing has run in this store yet" in page.text()
         assert page.complaints() == []
 
 
@@ -302,17 +310,11 @@ def test_a_person_labels_with_mouse_and_keyboard(page: Page, tmp_path: Path) -> 
                 [prompt, first, second, Comparison(prompt_id=prompt.id, first_id=first.id, second_id=second.id)]
             )
         add_items(store, "q", [c.id for c in store.records(Comparison)])
-    code = f"""
-import panel as pn
-from rlhf_workbench.apps.annotate import annotate_view
-from rlhf_workbench.store.tables import connect
-store = connect({str(path)!r})
-server = pn.serve(lambda: annotate_view(store, "q", "ada"), port=0, show=False, start=False, verbose=False)
-print(f"http://localhost:{{server.port}}/", flush=True)
-server.start(); server.io_loop.start()
-"""
-    for link in served(code):
-        page.driver.get(link)
+    page.complaints()
+    with served(page, path) as url:
+        page.driver.get(f"{url}/label")
+        page.wait(lambda: "0 of 4 answers are there" in page.text())
+        page.ask("all(document.body).find(e => e.tagName === 'A' && e.textContent === 'q').click()")
         page.wait(lambda: "You have answered 0" in page.text())
         assert f"{ATTACK} a" in page.text()
         page.ask("all(document.body).find(e => e.tagName === 'BUTTON' && /Left/.test(e.textContent)).click()")
@@ -327,6 +329,8 @@ server.start(); server.io_loop.start()
         body.send_keys("t")
         page.wait(lambda: "the queue has 4 of 4 answers" in page.text())
         assert page.complaints() == []
+        assert page.hosts() == {"127.0.0.1"}
     with connect(path) as store:
         assert [vote.label for vote in store.records(Annotation)][-2:] == ["tie", "tie"]
+        assert {vote.annotator_id for vote in store.records(Annotation)} == {getpass.getuser()}
         assert store.verify().is_intact

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any, Literal
@@ -170,17 +171,20 @@ class Worker:
     _bell: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
     _stopping: threading.Event = field(default_factory=threading.Event)
+    _unwatch: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Begin with what waits."""
         with needs_extra("jobs"):
             import papermill  # noqa: F401  (better said now than in the first job)
+        self._unwatch = self.store.watch(lambda _: self._bell.set())  # a job counts when it is committed
         self._threads = [threading.Thread(target=self._work, name=f"job-{i}") for i in range(self.at_once)]
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """End the children; their jobs are run again by the next worker."""
+        self._unwatch()
         with self._lock:
             self._stopping.set()
             children = [running.child for running in self._running.values() if running.child]
