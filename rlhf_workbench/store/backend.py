@@ -10,7 +10,7 @@ __all__ = ['Group', 'Backend', 'where_equal', 'EngineBackend']
 # %% ../../nbs/store/13_backend.ipynb #1a136126
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ from ..core.schema import RECORDS, Record, columns
 from .audit import AuditReport
 from .changes import Rows, make_change
 from .engine import Engine, Told
-from .query import ALL_TABLES, check_query, run_query
+from .query import ALL_TABLES, check_query, only_reading, run_query
 
 # %% ../../nbs/store/13_backend.ipynb #1525e629
 Group = tuple[type[Record], Rows | pa.Table]  # rows of one type, all columns
@@ -142,7 +142,7 @@ class EngineBackend:
     ) -> pa.Table:
         """The result of one SELECT that reads only the tables given."""
         check_query(query, tables)
-        with self.engine.reader() as con:
+        with self.engine.reader() as con, nullcontext() if self.engine.is_inside else only_reading(con):
             return run_query(con, query, params, limit=limit, timeout_s=timeout_s)
 
     def counts(self) -> dict[str, int]:

@@ -67,7 +67,6 @@ class Engine:
         self.path, self._opener, self._con = path, opener, opener()
         self._turn, self._count = threading.Lock(), threading.Lock()
         self._waiting, self._inside = 0, 0  # threads that want a turn; the thread that has it
-        self._depth = 0
         self._group: _Group | None = None
         self._head: tuple[int, str] | None = None
         self._readers: list[duckdb.DuckDBPyConnection] = []
@@ -79,10 +78,15 @@ class Engine:
 
     # -- reading
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether this thread is in a transaction."""
+        return self._inside == threading.get_ident()
+
     @contextmanager
     def reader(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection that sees the committed state, or, inside a transaction, also what it wrote."""
-        if self._inside == threading.get_ident():
+        if self.is_inside:
             if self._group:
                 self._flush(self._group)
             yield self._con
@@ -156,12 +160,8 @@ class Engine:
         is_brief: bool = False,  # takes a moment only, so it may share a commit with others
     ) -> Iterator[None]:
         """All that is read and written inside happens at once, or not at all; may be nested."""
-        if self._inside == threading.get_ident():
-            self._depth += 1
-            try:
-                yield
-            finally:
-                self._depth -= 1
+        if self.is_inside:
+            yield
             return
         with self._turn_taken():
             group = self._begin(is_brief)

@@ -43,8 +43,11 @@ def _record_tables(present: set[str]) -> list[str]:
 def _remember_columns(con: duckdb.DuckDBPyConnection) -> None:
     """Write down the version and its columns."""
     con.execute("INSERT INTO store_version VALUES (?)", [SCHEMA_VERSION])
-    rows = [(k.table, i, name, sql) for k in RECORDS for i, (name, sql) in enumerate(columns(k).items())]
-    con.executemany(f"INSERT INTO store_columns VALUES ({SCHEMA_VERSION}, ?, ?, ?, ?)", rows)
+    rows = [
+        (SCHEMA_VERSION, k.table, i, name, sql) for k in RECORDS for i, (name, sql) in enumerate(columns(k).items())
+    ]
+    places = ", ".join(["(?, ?, ?, ?, ?)"] * len(rows))
+    con.execute(f"INSERT INTO store_columns VALUES {places}", [value for row in rows for value in row])
 
 
 def create_tables(
@@ -116,8 +119,10 @@ def prepare(
     try:
         _upgrade(con, version, actor)
         con.execute("COMMIT")
-    except BaseException:
+    except BaseException as error:
         con.execute("ROLLBACK")
+        if isinstance(error, duckdb.Error):
+            raise StateError(f"{file} could not be upgraded and is as it was: {error}") from error
         raise
 
 

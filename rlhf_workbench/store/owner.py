@@ -175,8 +175,8 @@ _NOTE_S = 1.0
 class Ownership:
     """This process's hold on a file."""
 
-    def __init__(self, path: Path, lock: FileLock | None, key: str | None):
-        self.path, self._lock, self._key, self.users = path, lock, key, 0
+    def __init__(self, path: Path, lock: FileLock | None, key: str | None, actor: str = "local"):
+        self.path, self._lock, self._key, self._actor, self.users = path, lock, key, actor, 0
         self._stop = threading.Event()
         self._door: _Door | None = None
         is_read_only = lock is None
@@ -189,7 +189,7 @@ class Ownership:
         """A prepared connection."""
         con = open_database(self.path, self._key, is_read_only)
         try:
-            prepare(con, self.path, read_only=is_read_only)
+            prepare(con, self.path, actor=self._actor, read_only=is_read_only)
         except BaseException:
             con.close()
             raise
@@ -225,7 +225,7 @@ class Ownership:
             self._lock.release()
 
 
-def _try_to_own(path: Path, key: str | None, is_read_only: bool) -> Ownership | None:
+def _try_to_own(path: Path, key: str | None, is_read_only: bool, actor: str) -> Ownership | None:
     """Become the owner, or share this process's ownership; None when another process has the file."""
     with _OWNED_LOCK:
         held = _OWNED.get(path)
@@ -238,7 +238,7 @@ def _try_to_own(path: Path, key: str | None, is_read_only: bool) -> Ownership | 
             except OSError as error:
                 return _look_only(path, key, is_read_only, error)
             try:
-                held = Ownership(path, lock, key)
+                held = Ownership(path, lock, key, actor)
             except BaseException:
                 lock.release()
                 raise
@@ -274,12 +274,13 @@ def own_or_join(
     path: Path,  # absolute
     *,
     is_read_only: bool = False,
+    actor: str = "local",  # recorded when an older store is upgraded
     patience_s: float = _PATIENCE_S,  # how long to wait for an owner that does not answer
 ) -> Ownership | RemoteBackend:
     """Open the file, or join the process that has it; raises `StateError` when neither is possible."""
     deadline, key = time.monotonic() + patience_s, find_key(path)
     while True:
-        held = _try_to_own(path, key, is_read_only)
+        held = _try_to_own(path, key, is_read_only, actor)
         if held:
             return held
         note = read_owner(path, key)
@@ -306,11 +307,15 @@ T = TypeVar("T")
 class FileBackend:
     """The store of a file on this machine, whoever owns it."""
 
-    def __init__(self, path: Path, *, is_read_only: bool = False):
+    def __init__(self, path: Path, *, is_read_only: bool = False, actor: str = "local"):
         self.path: Path | None = path
-        self._file, self._is_read_only = path, is_read_only
+        self._file, self._is_read_only, self._actor = path, is_read_only, actor
         self._lock, self._is_closed = threading.RLock(), False
-        self._found = own_or_join(path, is_read_only=is_read_only)
+        self._found = self._look()
+
+    def _look(self) -> Ownership | RemoteBackend:
+        """The owner, perhaps this process."""
+        return own_or_join(self._file, is_read_only=self._is_read_only, actor=self._actor)
 
     @property
     def owner(self) -> Ownership | None:
@@ -341,7 +346,7 @@ class FileBackend:
         """Find the next owner, or be it."""
         with self._lock:
             if self._found is gone:
-                self._found = own_or_join(self._file, is_read_only=self._is_read_only)
+                self._found = self._look()
             return self._now()
 
     @contextmanager

@@ -224,7 +224,7 @@ def connect(
         raise MissingError(f"there is no store {path}; run `rlhfw demo` or name another with --store")
     if not file.parent.is_dir():
         raise MissingError(f"there is no folder {file.parent} for the store; make it first")
-    return Store(FileBackend(file, is_read_only=read_only), actor, read_only=read_only)
+    return Store(FileBackend(file, is_read_only=read_only, actor=actor), actor, read_only=read_only)
 
 
 def _in_memory() -> duckdb.DuckDBPyConnection:
