@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rlhf_workbench.cli import main
 from rlhf_workbench.core.errors import DeniedError, InputError, MissingError
 from rlhf_workbench.core.schema import PRIVATE, RECORDS, Member, Role, Token, new_id, utc_now
 from rlhf_workbench.govern import access
@@ -369,6 +370,51 @@ def test_a_member_is_revoked_at_once_and_may_come_back_with_another_role(store: 
     invite(store, "ada@x.org", "annotator")
     assert member_identity(store, HERE, "u-1", "ada@x.org", "pilot").role == "annotator"
     assert [m.revoked_at is None for m in store.records(Member)] == [False, True]
+
+
+def test_nobody_gets_the_name_of_another(store: Store) -> None:
+    """What people do is recorded under their name; two with one name could not be told apart."""
+    invite(store, "ada@x.org", "reviewer", name="judge-1")
+    invite(store, "bob@x.org", "annotator")
+    for name in ("judge-1", "bob@x.org", "a\nb"):
+        with pytest.raises(InputError, match="name"):
+            invite(store, "eve@x.org", "annotator", name=name)
+    with pytest.raises(InputError, match="another name"):
+        invite(store, "judge-1", "annotator")
+    assert member_identity(store, HERE, "u-1", "ada@x.org", "pilot").name == "judge-1"
+    invite(store, "eve@x.org", "annotator", name="judge-2")
+    assert right_table(store, Member)["name"].tolist() == ["judge-1", "", "judge-2"]
+
+
+def test_commands_show_a_secret_once_and_say_what_is_wrong_in_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "pilot.duckdb"
+    assert main(["token", "new", "x", "--role", "service", "--store", str(file)]) == 2
+    assert not file.exists()  # a slip in the name makes no new store
+    connect(file).close()
+    rest = ["--store", str(file), "--as", "root"]
+    capsys.readouterr()
+    assert main(["token", "new", "nightly", "--role", "annotator", "--scope", "prompt:read", *rest]) == 2
+    assert re.fullmatch(r"rlhfw: scopes only narrow .*\n", capsys.readouterr().err)
+    assert main(["token", "new", "nightly", "--role", "service", "--days", "30", *rest]) == 0
+    secret = capsys.readouterr().out.rstrip().rpartition(" ")[2]
+    with connect(file) as store:
+        (token,) = store.records(Token)
+        assert find_identity(store, secret, "pilot").token_id == token.id
+        assert token.actor == "root"
+        assert token.expires_at
+        assert abs(token.expires_at - utc_now() - timedelta(days=30)) < timedelta(minutes=5)
+    for words in (["token", "list"], ["token", "revoke", token.id], ["token", "list", "--json"]):
+        assert main([*words, *(rest if "revoke" in words else rest[:2])]) == 0
+    said = capsys.readouterr().out
+    assert "nightly" in said
+    assert "revoked" in said
+    assert secret[-43:] not in said
+    assert "argon2" not in said
+    assert main(["member", "invite", "ada@x.org", "--role", "root", *rest]) == 2
+    with connect(file) as store, pytest.raises(DeniedError):
+        find_identity(store, secret, "pilot")
 
 
 def test_the_list_of_rights_says_what_holds_and_no_secret(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

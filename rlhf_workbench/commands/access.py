@@ -112,8 +112,9 @@ def member() -> None:
 @click.argument("who")
 @_ROLE
 @click.option("--issuer", default="", help="The provider's address; default: whichever is configured.")
+@click.option("--name", default="", help="How they are called in the records; default: as they are invited.")
 @_WHO
-def invite_one(who: str, role: Any, issuer: str, actor: str, store: Path, as_json: bool) -> None:
+def invite_one(who: str, role: Any, issuer: str, name: str, actor: str, store: Path, as_json: bool) -> None:
     """Invite a person by e-mail address or by the provider's name for them.
 
     Example: rlhfw member invite ada@example.org --role reviewer
@@ -123,7 +124,7 @@ def invite_one(who: str, role: Any, issuer: str, actor: str, store: Path, as_jso
 
     existing_file(store)
     with connect(store, actor=actor) as opened:
-        made = invite(opened, who, role, issuer)
+        made = invite(opened, who, role, issuer, name)
     say(as_json, asdict(made), f"member {made.id}: {made.subject} is {role} from now on")
 
 

@@ -262,16 +262,21 @@ def invite(
     subject_or_email: str,  # the provider's name for the person, or an e-mail address
     role: Role,
     issuer: str = "",  # the provider's address; empty: whichever is configured
+    name: str = "",  # how they are called in the records; empty: as they were invited
 ) -> Member:
-    """Let a person in; raises `InputError` when they are a member already."""
-    subject = subject_or_email.strip()
+    """Let a person in; raises `InputError` when they are a member already, or somebody else has that name."""
+    subject, issuer = subject_or_email.strip(), issuer.rstrip("/")
+    called = name.strip() or subject
     _check_right(subject, role)
-    issuer = issuer.rstrip("/")
+    _check_right(called, role)
     with store.transaction():
-        same = [m for m in store.records(Member, issuer=issuer) if not m.revoked_at and _same(m.subject, subject)]
+        members = [m for m in store.records(Member) if not m.revoked_at]
+        same = [m for m in members if m.issuer == issuer and _same(m.subject, subject)]
         if same:
             raise InputError(f"{subject} is a member already ({same[0].role}); revoke that first to change the role")
-        member = Member(subject=subject, issuer=issuer, role=role, actor=store.actor)
+        if any(called == (m.name or m.subject) and (name or m.name) for m in members):
+            raise InputError(f"somebody here is called {called} already; give another name")
+        member = Member(subject=subject, issuer=issuer, role=role, name=name.strip(), actor=store.actor)
         store.append(member)
     return member
 
@@ -326,7 +331,7 @@ def right_table(
             row |= {"name": right.name, "scopes": " ".join(right.scopes), "expires_at": right.expires_at}
             is_late = right.expires_at is not None and right.expires_at <= now
         else:
-            row |= {"subject": right.subject, "issuer": right.issuer}
+            row |= {"subject": right.subject, "issuer": right.issuer, "name": right.name}
         rows.append(row | {"state": "revoked" if right.revoked_at else "expired" if is_late else "good"})
-    own = ["name", "role", "scopes", "expires_at"] if kind is Token else ["subject", "role", "issuer"]
+    own = ["name", "role", "scopes", "expires_at"] if kind is Token else ["subject", "role", "issuer", "name"]
     return pd.DataFrame(rows, columns=["id", *own, "state"]).sort_values("id", ignore_index=True)
