@@ -12,13 +12,12 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any
 
 from ..core.errors import InputError
-from ..core.schema import utc_now
 from ..core.settings import needs_extra
 from .problems import problem
+from ..store.tables import Store
 
 with needs_extra("serve"):
     from pydantic_core import to_json
@@ -59,7 +58,6 @@ def receipt_key(
 
 # %% ../../nbs/serve/23_receipts.ipynb #064f3fc4
 _KEPT_HEADERS = ("content-type", "location", "etag")
-_KEPT_FOR = timedelta(hours=24)
 
 
 def _pack(answer: Response) -> str:
@@ -68,29 +66,29 @@ def _pack(answer: Response) -> str:
     return json.dumps({"headers": headers, "body": bytes(answer.body).decode()})
 
 
-def _repeat(kept: Any, fingerprint: str) -> Response:
+def _repeat(kept: tuple[str, int, str], fingerprint: str) -> Response:
     """The answer of a receipt."""
-    if kept.fingerprint != fingerprint:
+    before, status, body = kept
+    if before != fingerprint:
         return problem(422, "this Idempotency-Key was used for another request; use a new key for a new request")
-    if not kept.body:
+    if not body:
         return problem(409, "this was done already, and its answer was shown once; revoke that and make another")
-    packed = json.loads(kept.body)
-    return Response(packed["body"], kept.status, {**packed["headers"], "Idempotency-Replayed": "true"})
+    packed = json.loads(body)
+    return Response(packed["body"], status, {**packed["headers"], "Idempotency-Replayed": "true"})
 
 
 def answer_once(
-    store: Any,  # a Store
-    key: str,  # of `receipt_key`
+    store: Store,
+    key: str,  # of `receipt_key`; whoever calls sees to it that nobody else works on the same
     fingerprint: str,  # equal for equal requests
     act: Callable[[], Response],  # what is to be done
     *,
     is_secret: bool = False,  # the answer is shown once and kept nowhere
 ) -> Response:
     """Do something together with its receipt, or answer as before."""
+    if kept := store.receipt(key):
+        return _repeat(kept, fingerprint)
     with store.transaction(is_brief=True):
-        kept = store.receipt(key)
-        if kept and utc_now() - kept.recorded_at < _KEPT_FOR:
-            return _repeat(kept, fingerprint)
         answer = act()
         store.keep_receipt(key, fingerprint, answer.status_code, "" if is_secret else _pack(answer))
     return answer

@@ -48,8 +48,7 @@ class Access:
     @cached_property
     def store(self) -> Store:
         """The project's store; changes are recorded as this identity's."""
-        store = self.service.projects[self.project]
-        return store.as_actor(self.identity.name) if hasattr(store, "as_actor") else store
+        return self.service.projects[self.project].as_actor(self.identity.name)
 
     def may(self, permission: str) -> bool:
         """Whether a further permission is there."""
@@ -188,6 +187,8 @@ class GuardedRoute(APIRoute):
         announced = request.headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced[:20]) > n_bytes:
             raise HTTPException(413, too_large(n_bytes))
+        if request.headers.get("content-encoding", "identity") != "identity":
+            raise HTTPException(415, "a body is taken only as it is, without Content-Encoding; send it unpacked")
         digest = hashlib.sha256() if "idempotency-key" in request.headers else None
         meter = Meter(request.receive, n_bytes, limits.bulk_s if self.is_bulk else limits.body_s, digest)
         request.scope["rlhfw.meter"] = meter

@@ -210,7 +210,7 @@ class _Talk:
 
     async def _drain(self) -> None:
         """Throw away what still comes, for a little while."""
-        if any(name == b"expect" for name, _ in self.scope["headers"]):
+        if self.status == 408 or any(name == b"expect" for name, _ in self.scope["headers"]):
             return
         try:
             async with asyncio.timeout(_LINGER_S):
