@@ -405,14 +405,18 @@ def test_what_a_plugin_prints_does_not_spoil_json(
 
 def test_an_aggregator_of_a_plugin_is_a_method_of_consensus(shelf: Callable[..., None]) -> None:
     code = "from rlhf_workbench.core.starters import SmoothedMajority as smooth\n"
-    code += "class counts:\n    def aggregate(self, votes, labels):\n        return votes"
-    shelf("lab-votes", code, "aggregator.smooth", "aggregator.counts")
+    code += "class counts:\n    def aggregate(self, votes, labels): return votes\n"
+    code += (
+        "class halves(smooth):\n    def aggregate(self, votes, labels): return super().aggregate(votes, labels) / 2\n"
+    )
+    shelf("lab-votes", code, "aggregator.smooth", "aggregator.counts", "aggregator.halves")
     votes = pd.DataFrame([("t1", "a", "first"), ("t1", "b", "first")], columns=["task", "worker", "label"])
     found = aggregate_votes(votes, "smooth")
     assert found.posterior.loc["t1", "first"] == pytest.approx((2 + 1 / 3) / 3)
     assert found.annotators["accuracy"].tolist() == pytest.approx([(2 + 1 / 3) / 3] * 2)
-    with pytest.raises(PluginError, match=r"'counts' of lab-votes 1.2 returned no posterior"):
-        aggregate_votes(votes, "counts")
+    for name in ("counts", "halves"):
+        with pytest.raises(PluginError, match=rf"'{name}' of lab-votes 1.2 returned no posterior"):
+            aggregate_votes(votes, name)
     with pytest.raises(InputError, match=r"method must be one of symmetric, .*counts, .*smooth.*, got 'dance'"):
         aggregate_votes(votes, "dance")
 
