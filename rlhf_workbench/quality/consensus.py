@@ -159,7 +159,7 @@ def _plugin_fit(name: str) -> Callable[[pd.DataFrame, Sequence[Any]], pd.DataFra
     part = load_plugin("aggregator", name)
 
     def fit(votes: pd.DataFrame, labels: Sequence[Any]) -> pd.DataFrame:
-        found = part.aggregate(votes.copy(), list(labels))
+        found: pd.DataFrame = part.aggregate(votes.copy(), list(labels))
         is_table = isinstance(found, pd.DataFrame) and set(found.columns) == set(labels)
         if not is_table or set(found.index) != set(votes["task"]) or not np.allclose(found.sum(axis=1), 1, atol=1e-6):
             raise part.plugin.fault("returned no posterior: one row a task and one column a label, rows that sum to 1")
