@@ -152,7 +152,7 @@ class Feed:
     ) -> AsyncIterator[list[Change]]:
         """Everything after `since` in order and without a gap, and then what is committed."""
         head = await asyncio.to_thread(self.store.last_change, None)  # a restored store may be behind a client
-        seq = self.seq if since is None else min(since, head)
+        seq = head if since is None else min(since, head)
         while len(past := await asyncio.to_thread(read_changes, self.store, seq, self.seq)) == _PAGE:
             seq = past[-1].seq
             yield past
