@@ -56,11 +56,8 @@ def _back_up(path: Path, target: Path, key: str | None = None, files: Path | Non
 
 def test_what_comes_back_is_what_was_there(path: Path, key: str | None, tmp_path: Path) -> None:
     made = _back_up(path, tmp_path / "monday", key, path.with_suffix(".files"))
-    assert (made.rows, made.n_changes, made.is_encrypted) == (
-        {"annotation": 1, "audit": 2, "prompt": 20, "store_version": 1},
-        2,
-        bool(key),
-    )
+    assert {"annotation": 1, "audit": 2, "prompt": 20, "store_version": 1}.items() <= made.rows.items()
+    assert (made.n_changes, made.is_encrypted) == (2, bool(key))
     again = tmp_path / "elsewhere" / "again.duckdb"
     again.parent.mkdir()
     assert restore(tmp_path / "monday", again, key=key) == made == check_backup(tmp_path / "monday", key)
@@ -70,7 +67,7 @@ def test_what_comes_back_is_what_was_there(path: Path, key: str | None, tmp_path
         assert verify(new).head == made.head
     weights = "pilot.files/models/reward/weights.bin"
     assert (again.parent / weights.replace("pilot", "again")).read_bytes() == (tmp_path / weights).read_bytes()
-    assert sorted(file.name for file in again.parent.iterdir()) == ["again.duckdb", "again.files", "again.lock"]
+    assert sorted(file.name for file in again.parent.iterdir()) == ["again.duckdb", "again.duckdb.lock", "again.files"]
 
 
 def test_a_backup_is_one_moment_while_others_write(path: Path, key: str | None, tmp_path: Path) -> None:
@@ -129,7 +126,7 @@ def test_a_backup_while_the_store_appends_is_a_prefix_of_its_history(path: Path,
         writer.start()
         try:
             assert started.wait(30)
-            made = backup(open_cursor(store._con), tmp_path / "monday")
+            made = backup(store.backend.owner.engine._con.cursor(), tmp_path / "monday")
         finally:
             stop.set()
             writer.join()
@@ -145,7 +142,7 @@ def test_a_backup_while_the_store_appends_is_a_prefix_of_its_history(path: Path,
         assert again.verify().is_intact
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.lists(
         st.tuples(
@@ -214,7 +211,7 @@ def _retell(folder: Path) -> None:
     (folder / "store.duckdb").unlink()
     with connect(folder / "store.duckdb") as store:
         store.append(Prompt(text="forged"))
-    for beside in folder.glob("store.[!d]*"):
+    for beside in folder.glob("store.duckdb.*"):
         beside.unlink()
     sums = json.loads((folder / "manifest.json").read_text())["sha256"]
     sums["store.duckdb"] = hashlib.sha256((folder / "store.duckdb").read_bytes()).hexdigest()
@@ -247,9 +244,10 @@ def test_a_damaged_backup_is_not_restored(path: Path, tmp_path: Path, damage: st
     _back_up(path, folder, files=path.with_suffix(".files"))
     act, problem = DAMAGES[damage]
     act(folder)
-    with pytest.raises((InputError, MissingError), match=problem):
-        restore(folder, again)
-    assert [file.name for file in tmp_path.glob("again*")] in ([], ["again.lock"])
+    for attempt in (lambda: check_backup(folder), lambda: restore(folder, again)):
+        with pytest.raises((InputError, MissingError), match=problem):
+            attempt()
+    assert [file.name for file in tmp_path.glob("again*")] in ([], ["again.duckdb.lock"])
 
 
 def test_nothing_is_written_over(path: Path, tmp_path: Path) -> None:
@@ -308,38 +306,51 @@ import os, signal, sys
 from pathlib import Path
 import rlhf_workbench.store.backup as module
 from rlhf_workbench.store.encryption import open_database
-setattr(module, sys.argv[3], lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
-target = Path(sys.argv[2])
-if sys.argv[4] == "backup":
-    module.backup(open_database(sys.argv[1]), target, files=Path(sys.argv[1]).with_suffix(".files"))
-else:
-    module.restore(target, sys.argv[1])
+store, folder, act, *places = sys.argv[1:]
+for place in places:
+    pid = os.fork()
+    if pid == 0:
+        setattr(module, place, lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+        target = Path(folder) / place
+        if act == "backup":
+            module.backup(open_database(store), target, files=Path(store).with_suffix(".files"))
+        else:
+            module.restore(store, target / "again.duckdb")
+    print(os.waitpid(pid, 0)[1])
 """
 
 
-@pytest.mark.parametrize("at", ["copy_database", "_copy_files", "_describe", "asdict", "sync_path"])
-def test_a_backup_that_was_killed_is_not_there_and_the_next_one_cleans_up(path: Path, tmp_path: Path, at: str) -> None:
-    target = tmp_path / "out" / "monday"
-    target.parent.mkdir()
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(path), str(target), at, "backup"])
-    assert killed.returncode == -signal.SIGKILL
-    assert [file.name for file in target.parent.iterdir()] != ["monday"]
-    with pytest.raises(MissingError, match="is not a backup"):
-        read_manifest(target)
-    _back_up(path, target)
-    assert [file.name for file in target.parent.iterdir()] == ["monday"]
+def _kill_at(store: Path, folder: Path, act: str, *places: str) -> None:
+    """Die where the function of each name would have begun, each in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(store), str(folder), act, *places], capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(int(signal.SIGKILL))] * len(places), done.stderr
 
 
-@pytest.mark.parametrize("at", ["_check_store", "sync_path"])
-def test_a_restoration_that_was_killed_left_no_store_and_can_be_done_again(path: Path, tmp_path: Path, at: str) -> None:
+def test_a_backup_that_was_killed_is_not_there_and_the_next_one_cleans_up(path: Path, tmp_path: Path) -> None:
+    places = ("copy_database", "_copy_files", "_describe", "asdict", "sync_path")
+    (tmp_path / "out").mkdir()
+    _kill_at(path, tmp_path / "out", "backup", *places)
+    assert [*(tmp_path / "out").glob("[!.]*")] == []
+    assert len([*(tmp_path / "out").iterdir()]) == len(places)
+    for place in places:
+        with pytest.raises(MissingError, match="is not a backup"):
+            read_manifest(tmp_path / "out" / place)
+        _back_up(path, tmp_path / "out" / place)
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(places)
+
+
+def test_a_restoration_that_was_killed_left_no_store_and_can_be_done_again(path: Path, tmp_path: Path) -> None:
     _back_up(path, tmp_path / "monday")
-    again = tmp_path / "again" / "again.duckdb"
-    again.parent.mkdir()
-    killed = subprocess.run([sys.executable, "-c", KILLED, str(again), str(tmp_path / "monday"), at, "restore"])
-    assert killed.returncode == -signal.SIGKILL
-    assert not again.exists()
-    assert restore(tmp_path / "monday", again).n_changes == 2
-    assert sorted(file.name for file in again.parent.iterdir()) == ["again.duckdb", "again.lock"]
+    for place in ("_check_store", "sync_path"):
+        (tmp_path / place).mkdir()
+    _kill_at(tmp_path / "monday", tmp_path, "restore", "_check_store", "sync_path")
+    for place in ("_check_store", "sync_path"):
+        again = tmp_path / place / "again.duckdb"
+        assert not again.exists()
+        assert restore(tmp_path / "monday", again).n_changes == 2
+        assert sorted(file.name for file in again.parent.iterdir()) == ["again.duckdb", "again.duckdb.lock"]
 
 
 FULL = """

@@ -38,6 +38,7 @@ from rlhf_workbench.store.tables import connect
 FIRST, SECOND = "first key, sixteen bytes or more", "second key, sixteen bytes or more"
 MARK = "MARK-of-what-nobody-may-read"
 PIECE = 1 << 16
+BESIDE = ["pilot.duckdb", "pilot.duckdb.head", "pilot.duckdb.lock"]
 Act = Callable[[], object]
 
 
@@ -321,7 +322,7 @@ def test_no_file_beside_an_encrypted_store_shows_a_word(path: Path, key: str | N
         con.execute("CHECKPOINT")
         assert _where(folder) <= (set() if key else {".duckdb", ".tmp"})
     with alone_with(path):
-        assert sorted(file.name for file in folder.iterdir()) == ["pilot.duckdb", "pilot.lock"]
+        assert sorted(file.name for file in folder.iterdir()) == BESIDE
     if key:
         rotate_key(path, key, SECOND)
         compact(path, SECOND)
@@ -367,7 +368,7 @@ def test_a_sealed_export_shows_nothing_and_comes_back(path: Path) -> None:
 # --- never lost
 
 FORKS = """
-import os, sys
+import os, signal, sys
 from pathlib import Path
 from rlhf_workbench.store.rewrite import compact, decrypt_store, encrypt_store, rotate_key
 import rlhf_workbench.store.tables, psutil, filelock
@@ -378,10 +379,28 @@ acts = {
     "compact": lambda: compact(path, second),
     "decrypt": lambda: decrypt_store(path, second),
 }
+
+
+def stop_before(touch):
+    # Die when a file of the folder is touched for the n-th time: opened, renamed, removed, copied.
+    seen = 0
+
+    def look(event, args):
+        nonlocal seen
+        if event.startswith(("open", "os.", "shutil.")) and str(args[0]).startswith(str(path.parent)):
+            seen += 1
+            if seen == touch:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
 for line in sys.stdin:
+    act, touch = line.split()
     pid = os.fork()
     if pid == 0:
-        acts[line.strip()]()
+        stop_before(int(touch))
+        acts[act]()
         os._exit(0)
     print(pid, flush=True)
     print(os.waitpid(pid, 0)[1], flush=True)
@@ -405,39 +424,77 @@ def _opening_key(path: Path) -> str | None:
     raise AssertionError("no key opens the store")
 
 
-def test_killed_at_any_moment_the_store_opens_with_the_old_key_or_the_new_one(path: Path) -> None:
-    keys = os.environ | {"FIRST": FIRST, "SECOND": SECOND}
+@pytest.fixture
+def ask(path: Path) -> Iterator[Callable[[str, int], tuple[int, Callable[[], int]]]]:
+    """Begin an act in a process of its own: gives its number, and how to wait for its end."""
     forks = subprocess.Popen(
-        [sys.executable, "-c", FORKS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=keys
+        [sys.executable, "-c", FORKS, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"FIRST": FIRST, "SECOND": SECOND},
     )
     assert forks.stdin
     assert forks.stdout
+    to, answers = forks.stdin, forks.stdout
+
+    def begin(act: str, touch: int = 0) -> tuple[int, Callable[[], int]]:
+        print(act, touch, file=to, flush=True)
+        return int(answers.readline()), lambda: int(answers.readline())
+
+    yield begin
+    forks.communicate()
+    assert forks.returncode == 0
+
+
+def _check_and_clean(path: Path) -> str | None:
+    """The key that opens the store now; nothing is left beside it after the next call."""
+    key = _opening_key(path)
+    with alone_with(path):
+        assert sorted(file.name for file in path.parent.iterdir()) == BESIDE
+    return key
+
+
+def test_killed_before_each_touch_of_a_file_the_store_opens_with_the_old_key_or_the_new_one(
+    path: Path, ask: Callable[[str, int], tuple[int, Callable[[], int]]]
+) -> None:
+    statuses, keys = [], []
+    for touch in range(1, 60):
+        _, wait = ask("encrypt", touch)
+        statuses.append(wait())
+        keys.append(_check_and_clean(path))
+        if keys[-1]:
+            break
+    assert len(keys) > 5
+    assert {*keys[:-1]} == {None}
+    assert keys[-1] == FIRST
+    assert {*statuses} <= {0, signal.SIGKILL}
+
+
+def test_killed_at_any_moment_the_store_opens_with_the_old_key_or_the_new_one(
+    path: Path, ask: Callable[[str, int], tuple[int, Callable[[], int]]]
+) -> None:
     draw, key, killed = random.Random(7), None, 0
     took: dict[str, float] = {}
     for turn in range(150):
-        if killed >= 36:
+        if killed >= 30:
             break
         act, new = STEPS[key]
         if key == SECOND and turn % 2:
             act, new = "compact", SECOND
         started = time.perf_counter()
-        print(act, file=forks.stdin, flush=True)
-        pid = int(forks.stdout.readline())
+        pid, wait = ask(act, 0)
         if act in took:  # the first of each is left alone, to know how long it takes
             time.sleep(draw.uniform(0, took[act]))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        status = int(forks.stdout.readline())
+        status = wait()
         took.setdefault(act, time.perf_counter() - started)
         assert status in (0, signal.SIGKILL)
         killed += status == signal.SIGKILL
-        now = _opening_key(path)
+        now = _check_and_clean(path)
         assert now == new if status == 0 else now in (key, new)
-        with alone_with(path):
-            assert sorted(file.name for file in path.parent.iterdir()) == ["pilot.duckdb", "pilot.lock"]
         key = now
-    forks.stdin.close()
-    assert forks.wait() == 0
     assert killed >= 30
 
 
@@ -446,7 +503,7 @@ def test_killed_at_any_moment_the_store_opens_with_the_old_key_or_the_new_one(pa
 HOLD = """
 import os, sys, filelock
 from rlhf_workbench.store.encryption import open_database
-lock = filelock.FileLock(sys.argv[1].replace(".duckdb", ".lock"))
+lock = filelock.FileLock(sys.argv[1] + ".lock")
 if sys.argv[2] == "lock":
     lock.acquire()
 con = open_database(sys.argv[1], os.environ.get("KEY"))
@@ -502,14 +559,14 @@ def test_what_cannot_be_done_changes_nothing(path: Path) -> None:
     assert path.read_bytes() == sealed
     with pytest.raises(MissingError, match="there is no store"):
         encrypt_store(path.with_name("other.duckdb"), FIRST)
-    assert sorted(file.name for file in path.parent.iterdir()) == ["pilot.duckdb", "pilot.lock"]
+    assert sorted(file.name for file in path.parent.iterdir()) == BESIDE
 
 
 def test_a_plain_owner_file_does_not_survive_encryption(path: Path) -> None:
-    path.with_suffix(".owner").write_text("token")
+    path.with_name("pilot.duckdb.owner").write_text("token")
     path.chmod(0o600)
     encrypt_store(path, FIRST)
-    assert not path.with_suffix(".owner").exists()
+    assert not path.with_name("pilot.duckdb.owner").exists()
     assert path.stat().st_mode & 0o777 == 0o600
 
 

@@ -169,7 +169,7 @@ def _check_store(path: Path, key: Key | None, manifest: Manifest) -> None:
 
 def _refuse_present(path: Path, names: list[str]) -> None:
     """What is there is not written over."""
-    present = [path, *path.parent.glob(f"{path.name}.*wal")]
+    present = [path, path.with_name(f"{path.name}.head"), *path.parent.glob(f"{path.name}.*wal")]
     present += [path.with_suffix(".files")] if any(n.startswith(f"{_FILES}/") for n in names) else []
     for other in present:
         if other.exists():

@@ -15,6 +15,7 @@ import re
 import stat
 import time
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import psutil
@@ -130,7 +131,28 @@ def _cipher_library() -> str:
     )
 
 
-def _attach(path: Path, key: Key, read_only: bool) -> duckdb.DuckDBPyConnection:
+class _Attached:
+    """A connection to the attached database, whose cursors look there as well."""
+
+    def __init__(self, con: duckdb.DuckDBPyConnection):
+        self._con = con
+        con.execute("USE store")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._con, name)
+
+    def __enter__(self) -> "_Attached":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._con.close()
+
+    def cursor(self) -> "_Attached":
+        """A second connection, for a thread or a transaction of its own."""
+        return _Attached(self._con.cursor())
+
+
+def _attach(path: Path, key: Key, read_only: bool) -> Any:
     """An empty database in memory, with the encrypted file as its `store`."""
     secret = base64.b64encode(subkey(key, "duckdb file")).decode()  # no quotes in it, whatever the key
     library = _cipher_library()
@@ -140,11 +162,10 @@ def _attach(path: Path, key: Key, read_only: bool) -> duckdb.DuckDBPyConnection:
         con.execute(f"SET temp_directory = {_quoted(f'{path}.tmp')}")
         mode = ", READ_ONLY" if read_only else ""
         con.execute(f"ATTACH {_quoted(path)} AS store (ENCRYPTION_KEY '{secret}', ENCRYPTION_CIPHER 'GCM'{mode})")
-        con.execute("USE store")
+        return _Attached(con)
     except BaseException:
         con.close()
         raise
-    return con
 
 
 def _translate(path: Path, said: str) -> WorkbenchError | None:
@@ -190,8 +211,4 @@ def open_cursor(
     con: duckdb.DuckDBPyConnection,  # from `open_database`
 ) -> duckdb.DuckDBPyConnection:
     """A second connection to the same database, for a thread or a transaction of its own."""
-    cursor = con.cursor()
-    names = [name for (name,) in cursor.execute("SELECT database_name FROM duckdb_databases()").fetchall()]
-    if "memory" in names and "store" in names:
-        cursor.execute("USE store")
-    return cursor
+    return con.cursor()

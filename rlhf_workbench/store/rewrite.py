@@ -45,7 +45,7 @@ def hold_lock(
     path: Path,  # a store's file, which need not be there
 ) -> Iterator[None]:
     """Be the store's only process; raises `StateError` naming who has it open."""
-    lock = filelock.FileLock(path.with_suffix(".lock"), timeout=0, mode=0o600)
+    lock = filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=0, mode=0o600)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -113,7 +113,7 @@ def _rewrite(path: Path, old: Key | None, new: Key | None) -> Rewritten:
     finally:
         remove_database(part)
     sync_path(path.parent)
-    path.with_suffix(".owner").unlink(
+    path.with_name(f"{path.name}.owner").unlink(
         missing_ok=True
     )  # of an owner who died: it may say in plain text where it listened
     return Rewritten(before, after, report)
