@@ -252,7 +252,7 @@ def project_connection(
     except OwnerGone as error:
         raise StateError(f"{error}; check the address, and that `rlhfw serve` runs there") from error
     head, _ = _read(status, body)
-    names = [item["name"] for item in head["items"]]
+    names = sorted(head)
     if len(names) != 1:
         known = f"it may enter {', '.join(names)}; add /v1/projects/<name> to the address" if names else "ask an admin"
         raise MissingError(f"the token does not belong to one project of {url}: {known}")
