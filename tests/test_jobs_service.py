@@ -17,7 +17,7 @@ nbformat = pytest.importorskip("nbformat", reason="needs the extra jobs: pip ins
 pytest.importorskip("papermill", reason="needs the extra jobs: pip install 'rlhf_workbench[jobs]'")
 
 from rlhf_workbench.core.errors import DeniedError, InputError, MissingError, StateError
-from rlhf_workbench.core.schema import Job, JobEnd
+from rlhf_workbench.core.schema import Job, JobEnd, Prompt
 from rlhf_workbench.serve import jobs
 from rlhf_workbench.serve.worker import Worker, check_job, end_tree, waiting_jobs
 from rlhf_workbench.store.tables import Store, connect
@@ -155,6 +155,16 @@ def test_jobs_end_with_a_report_or_a_reason(worker: Worker, store: Store) -> Non
     assert (store.files("jobs") / end.report).is_file()  # the copy so far
     assert store.get(Job, bad.id).actor == "ben"
     assert waiting_jobs(store) == []
+
+
+def test_a_job_writes_into_the_store_that_the_service_holds(worker: Worker, store: Store, notebooks: Path) -> None:
+    code = "from rlhf_workbench.core.schema import Prompt\nfrom rlhf_workbench.store.tables import connect\n"
+    write_job(notebooks, "write", code + "connect(store_path, actor='job').append(Prompt(text=note))")
+    end = ended(worker, worker.ask("write", {"note": "from the job"}, "ada"))
+    assert (end.status, end.error) == ("done", None)
+    assert [(prompt.text, prompt.actor) for prompt in store.records(Prompt)] == [("from the job", "local")]
+    assert store.audit_rows(table="prompt")["actor"].to_pylist() == ["job"]
+    assert store.verify().is_intact
 
 
 def test_cancelling_kills_everything_that_the_job_started(worker: Worker, store: Store) -> None:

@@ -307,6 +307,84 @@ def test_webhooks_lead_nowhere_inside(program: Program, store: Store, url: str) 
     assert store.records(Webhook) == []
 
 
+# SQL and the audit: no more than the role may read
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "SELECT * FROM token",
+        "SELECT * FROM current_token",
+        "SELECT * FROM webhook",
+        "SELECT * FROM member",
+        "SELECT (SELECT max(secret_hash) FROM token) AS s",
+        "WITH x AS (SELECT * FROM token) SELECT * FROM x",
+        "WITH token AS (SELECT * FROM token) SELECT * FROM token",
+        'SELECT * FROM "token"',
+        "SELECT * FROM main.token",
+        "SELECT * FROM prompt UNION ALL BY NAME SELECT secret_hash AS text FROM token",
+        "FROM token",
+        "TABLE token",
+        "SELECT * FROM query_table('token')",
+        "SELECT * FROM read_text('/etc/passwd')",
+        "ATTACH 'x.duckdb'",
+        "DELETE FROM prompt",
+        "SELECT 1; SELECT 2",
+        "SELECT getenv('HOME')",
+        "PRAGMA database_list",
+        "",
+        "SELECT",
+    ],
+)
+def test_sql_shows_no_secrets_and_reaches_nothing_else(program: Program, store: Store, query: str) -> None:
+    for path in ("sql", "sql/arrow"):
+        answer = program("rob", "researcher").post(path, json={"query": query})
+        assert answer.status_code in (403, 422), answer.text
+        assert "argon2" not in answer.text
+    assert store.counts() == {"token": 2}
+
+
+def test_sql_has_limits_and_parameters(program: Program, store: Store) -> None:
+    store.append([Prompt(text=f"t{i}") for i in range(5)])
+    rob = program("rob", "researcher")
+    named = {"query": "SELECT text FROM prompt WHERE text = $which", "params": {"which": "t3"}}
+    assert rob.post("sql", json=named).json() == {"columns": ["text"], "rows": [["t3"]]}
+    assert rob.post("sql", json={"query": "SELECT text FROM prompt", "limit": 4}).status_code == 422
+    slow = {"query": "SELECT count(*) FROM range(10000000) a, range(1000000) b", "timeout_s": 0.2}
+    assert "longer than 0.2 s" in rob.post("sql", json=slow).json()["detail"]
+    assert rob.post("sql", json={"query": "SELECT ?", "params": [1, 2]}).status_code == 422
+    assert rob.post("sql", json={"query": "SELECT 'NaN'::DOUBLE AS x"}).json()["rows"] == [[None]]
+
+
+@pytest.mark.parametrize(("role", "status"), [("auditor", 200), ("admin", 200), ("reviewer", 403), ("annotator", 403)])
+def test_who_may_look_over_shoulders(program: Program, role: Role, status: int) -> None:
+    who = program("x", role)
+    assert [who.get(path).status_code for path in ("audit", "audit/verify", "store")] == [status] * 3
+
+
+def test_the_audit_is_narrowed_and_paged(program: Program, store: Store) -> None:
+    for i in range(7):
+        store.as_actor(f"a{i % 2}").append(Prompt(text=str(i)))
+    otto = program("otto", "auditor")
+    seen, path = [], "audit?who=a1&what=prompt&limit=2"
+    while path:
+        page = otto.get(path).json()
+        seen += [row["seq"] for row in page["items"]]
+        path = f"audit?who=a1&what=prompt&limit=2&cursor={page['next']}" if page["next"] else ""
+    assert seen == [2, 4, 6]
+    assert otto.get("audit?since=2100-01-01T00:00:00Z").json()["items"] == []
+    assert otto.get("audit?since=2020-01-01T00:00:00").status_code == 422
+    assert otto.get("audit?who=nobody").json() == {"items": [], "next": None}
+
+
+def test_a_backup_needs_its_right_and_names_no_path(program: Program, store: Store) -> None:
+    assert program("rob", "researcher").post("store/backup").status_code == 403
+    root = program("root", "admin")
+    made = root.post("store/backup").json()
+    assert (store.files("backups") / made["folder"] / "manifest.json").is_file()
+    assert root.post("store/backup?folder=/tmp").status_code == 422
+
+
 # Jobs
 
 

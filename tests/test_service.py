@@ -1,0 +1,247 @@
+"""`rlhfw serve` as a program: link, sign-in, API, events, metrics, and every way to end."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+httpx = pytest.importorskip("httpx", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
+pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
+
+from click.testing import CliRunner
+
+from rlhf_workbench.commands.serve import Place, check_place, is_here, project_names, serve
+from rlhf_workbench.core.errors import InputError, MissingError
+from rlhf_workbench.core.schema import Job, JobEnd, Prompt
+from rlhf_workbench.govern.access import make_token
+from rlhf_workbench.store.tables import connect
+
+pytestmark = pytest.mark.server
+RLHFW = "from rlhf_workbench.cli import main; raise SystemExit(main())"
+
+
+@dataclass
+class Served:
+    """A running service, and somebody signed in."""
+
+    process: "subprocess.Popen[str]"
+    url: str
+    link: str
+    browser: Any  # an httpx.Client
+
+    def post(self, path: str, body: Any) -> Any:
+        """As a page of the service sends it."""
+        return self.browser.post(path, json=body, headers={"Origin": self.url})
+
+
+@contextmanager
+def served(*stores: Path, options: tuple[str, ...] = ()) -> Iterator[Served]:
+    words = [word for store in stores for word in ("--store", str(store))]
+    command = [sys.executable, "-c", RLHFW, "serve", *words, "--port", "0", "--no-open", "--json", *options]
+    process = subprocess.Popen(command, stdout=-1, stderr=-1, text=True)
+    assert process.stdout
+    try:
+        line = process.stdout.readline()
+        assert line, process.stderr.read() if process.stderr else ""
+        said = json.loads(line)
+        with httpx.Client(base_url=said["url"], timeout=30) as browser:
+            if said["link"]:
+                assert browser.get(said["link"]).status_code == 303
+            yield Served(process, said["url"], said["link"], browser)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until(is_true: Callable[[], Any], timeout_s: float = 60) -> None:
+    end = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+
+
+def next_event(lines: Iterator[str]) -> dict[str, Any]:
+    for line in lines:
+        if line.startswith("data: "):
+            found: dict[str, Any] = json.loads(line[6:])
+            return found
+    raise AssertionError("the line ended")
+
+
+# From the link to the last word
+
+
+@pytest.mark.slow
+def test_a_whole_visit(tmp_path: Path) -> None:
+    pilot, safety = tmp_path / "pilot.duckdb", tmp_path / "safety.duckdb"
+    with connect(pilot) as store:
+        _, token = make_token(store, "rob", "researcher")
+    with served(pilot, safety) as service:
+        stranger = httpx.Client(base_url=service.url, timeout=30)
+        program = httpx.Client(base_url=service.url, timeout=30, headers={"Authorization": f"Bearer {token}"})
+
+        # the link works once, and nobody else gets in
+        assert stranger.get(service.link).status_code == 403
+        assert stranger.get("/").headers["location"] == "/signin?next=/"
+        assert [stranger.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
+        assert stranger.get("/v1/projects/pilot/prompts").status_code == 401
+
+        # the pages of both projects, and the API as a page and as a program
+        for path in ("/", "/projects/safety"):
+            assert "<title>RLHF Workbench</title>" in service.browser.get(path).text
+        assert service.browser.get("/v1/projects").json() == {"pilot": "admin", "safety": "admin"}
+        assert program.get("/v1/projects").json() == {"pilot": "researcher"}
+        assert program.get("/v1/projects/safety/prompts").status_code == 404
+        said = {"severity": "info", "title": "hello"}
+        assert service.browser.post("/v1/projects/pilot/alerts/raise", json=said).status_code == 403  # no origin
+        assert service.post("/v1/projects/pilot/alerts/raise", said).status_code == 201
+
+        # another process joins, and the page's line tells of it
+        with program.stream("GET", "/v1/projects/pilot/events") as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == ": hello"
+            with connect(pilot, actor="notebook") as joined:
+                joined.append([Prompt(text="a"), Prompt(text="b")])
+            event = next_event(lines)
+            assert (event["table"], event["rows"]) == ("prompt", 2)
+        with program.stream("GET", "/v1/projects/pilot/events", headers={"Last-Event-ID": "0"}) as stream:
+            assert next_event(stream.iter_lines())["table"] == "alert"  # the token before it is not for researchers
+
+        # metrics count all that; a full page for this machine
+        page = stranger.get("/metrics").text
+        assert 'rlhfw_store_rows{project="pilot",table="prompt"} 2.0' in page
+        assert 'project="safety"' in page
+        assert 'project="safety"' not in program.get("/metrics", headers={"Via": "proxy"}).text
+        assert 'route="/v1/projects/{project}/events",status="200"' in page
+
+        # an orderly end, with lines open
+        with program.stream("GET", "/v1/projects/pilot/events") as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == ": hello"
+            service.process.send_signal(signal.SIGTERM)
+            for _ in lines:
+                pass  # the line ends, and is not cut
+        out, err = service.process.communicate(timeout=60)
+        assert (service.process.returncode, out, err) == (0, "", "")
+    with connect(pilot) as store:
+        assert store.counts() == {"prompt": 2, "token": 1, "alert": 1}
+        assert store.verify().is_intact
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_every_acknowledged_write_is_there_after_the_end(tmp_path: Path, number: int) -> None:
+    path = tmp_path / "pilot.duckdb"
+    acknowledged = []
+    with served(path) as service:
+        for i in range(40):
+            answer = service.post("/v1/projects/pilot/alerts/raise", {"severity": "info", "title": f"t{i}"})
+            assert answer.status_code == 201
+            acknowledged.append(answer.json()["id"])
+        service.process.send_signal(number)
+        service.process.wait(60)
+        assert service.process.returncode == (0 if number == signal.SIGINT else -signal.SIGKILL)
+    with served(path) as again:  # needs no repair, and the old session is nothing here
+        found = again.browser.get("/v1/projects/pilot/alerts/open").json()
+        assert [alert["id"] for alert in found] == acknowledged
+        assert again.browser.get("/readyz").status_code == 200
+    with connect(path) as store:
+        assert store.verify().is_intact
+
+
+@pytest.mark.slow
+def test_a_job_outlives_its_service(tmp_path: Path) -> None:
+    """A job that was running when the service was killed is run again by the next one, and can be cancelled there."""
+    path = tmp_path / "pilot.duckdb"
+    jobs = "/v1/projects/pilot/jobs"
+    with served(path) as service:
+        asked = service.post(jobs, {"notebook": "loop", "params": {"size": "fast", "model": "tiny"}}).json()
+        job = f"{jobs}/{asked['job']['id']}"
+        until(lambda: service.browser.get(job).json()["state"] == "running")
+        os.kill(service.process.pid, signal.SIGKILL)
+        service.process.wait(30)
+    with served(path) as again:
+        until(lambda: again.browser.get(job).json()["state"] == "running")
+        assert again.post(f"{job}/cancel", {}).status_code == 202
+        until(lambda: again.browser.get(job).json()["state"] == "cancelled")
+        again.process.send_signal(signal.SIGTERM)
+        assert again.process.wait(60) == 0
+    with connect(path) as store:
+        assert [end.status for end in store.records(JobEnd)] == ["cancelled"]
+        assert len(store.records(Job)) == 1
+
+
+# What is in the way, in one line
+
+
+def failing(*words: str) -> str:
+    """What the program says on its way out."""
+    command = [sys.executable, "-c", RLHFW, "serve", "--no-open", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended
+    assert ended.stdout == ""
+    assert len(ended.stderr.splitlines()) == 1
+    return ended.stderr
+
+
+def test_a_taken_port_is_named(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        said = failing("--store", str(tmp_path / "s.duckdb"), "--port", str(port))
+    assert f"port {port}: Address already in use" in said
+    assert "--port" in said
+
+
+def test_a_store_that_somebody_has_is_named(tmp_path: Path) -> None:
+    with connect(tmp_path / "s.duckdb"):
+        said = failing("--store", str(tmp_path / "s.duckdb"), "--port", "0")
+    assert f"in use by process {os.getpid()}" in said
+
+
+@pytest.mark.parametrize(
+    ("place", "cure"),
+    [
+        ({"host": "0.0.0.0"}, "--behind-proxy"),
+        ({"host": "192.0.2.7"}, "--cert"),
+        ({"host": "::"}, "--cert"),
+        ({"host": "rlhf.example"}, "--cert"),
+        ({"is_behind_proxy": True}, "--public-url"),
+        ({"is_behind_proxy": True, "public_url": "http://rlhf.example"}, "--public-url"),
+        ({"cert": Path("c.pem")}, "--key"),
+    ],
+)
+def test_nobody_is_served_in_the_clear(place: dict[str, Any], cure: str) -> None:
+    with pytest.raises(InputError, match=cure):
+        check_place(Place(**place))
+
+
+def test_a_certificate_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"c\.pem"):
+        check_place(Place(cert=tmp_path / "c.pem", key=tmp_path / "k.pem"))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_this_machine_is_known(host: str) -> None:
+    assert is_here(host)
+
+
+def test_two_stores_of_one_name_are_refused() -> None:
+    with pytest.raises(InputError, match="both project 'a'"):
+        project_names([Path("x/a.duckdb"), Path("a.db")])
+
+
+def test_the_command_says_what_it_takes() -> None:
+    text = CliRunner().invoke(serve, ["--help"]).output
+    assert {"--store", "--port", "--host", "--behind-proxy", "--public-url", "--json", "--seed"} <= set(text.split())
