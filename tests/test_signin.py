@@ -492,6 +492,45 @@ def test_an_open_page_that_only_listens_hears_nothing_more(doors: SignIn, pilot:
         assert app.state.ended.wait(30)  # the page was told that its visitor is gone
 
 
+def test_a_page_of_panel_ends_with_the_right_in_its_own_project(doors: SignIn, pilot: Store, safety: Store) -> None:
+    """Still a member elsewhere is not enough."""
+    pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
+    from rlhf_workbench.apps.main import build_app
+    from rlhf_workbench.serve.callers import Service
+
+    member = invite(pilot, "ada@example.org", "researcher")
+    invite(safety, "ada@example.org", "researcher")
+    app, _ = build_app(Service({"pilot": pilot, "safety": safety}, doors), doors)
+    with serving(doors, app) as base:
+        session = doors._sessions.issue(Person("https://id.example", "u-ada", "ada@example.org"))
+        cookie = {"Cookie": f"rlhfw_session_{urlsplit(base).port}={session}"}
+
+        def open_page(project: str, origin: str = base) -> ClientConnection:
+            """What Bokeh's script does: the page, and the line that belongs to it."""
+            text = WEB.get(f"{base}/projects/{project}/label", headers=cookie).text
+            (token,) = re.findall(r'"token":\s*"([^"]+)"', text)
+            address = f"{base.replace('http', 'ws')}/projects/{project}/label/ws"
+            return dial(address, origin=origin, additional_headers=cookie, subprotocols=["bokeh", token], proxy=None)  # type: ignore[arg-type,list-item]
+
+        with pytest.raises(InvalidStatus) as refused:
+            open_page("pilot", "https://evil.example")
+        assert refused.value.response.status_code == 403
+        with open_page("pilot") as mine, open_page("safety") as other:
+            assert "ACK" in str(mine.recv(30))
+            assert "ACK" in str(other.recv(30))
+            revoke_member(pilot, member.id)
+            mine.send('{"msgid": "1", "msgtype": "PULL-DOC-REQ"}')
+            with pytest.raises(ConnectionClosed) as end:
+                while True:  # parts of the greeting may be on their way
+                    mine.recv(30)
+            assert end.value.rcvd is not None
+            assert end.value.rcvd.code == 1008
+            for part in ('{"msgid": "1", "msgtype": "PULL-DOC-REQ"}', "{}", "{}"):
+                other.send(part)
+            assert any("PULL-DOC-REPLY" in str(other.recv(30)) for _ in range(6))
+        assert WEB.get(f"{base}/projects/pilot/label", headers=cookie).status_code == 403
+
+
 # ---- the identity provider
 
 

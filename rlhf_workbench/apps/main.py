@@ -89,15 +89,30 @@ class Pages:
 
     def who(self, connection: "HTTPConnection", path: str) -> Identity:
         """Who sees this page; raises `DeniedError`."""
+        found = self._visitor_of(connection, path)
+        if not path.endswith("/label") and may(found, "run:read", self.project_of[path]):
+            self.watches[self.project_of[path]].look()  # here, in a thread of its own, and not while others wait
+        return found
+
+    def _visitor_of(self, connection: "HTTPConnection", path: str) -> Identity:
+        """Who asks for a page, when they may; raises `DeniedError`."""
         project = self.project_of[path]
         found = self.signin.identity(connection, project)
         if found is None:
             raise DeniedError("sign in first; the page /signin says how")
         if path.endswith("/label") or not may(found, "run:read", project):
             require(found, "queue:answer", project)
-        else:
-            self.watches[project].look()  # here, in a thread of its own, and not while others wait
         return found
+
+    def admits(self, connection: "HTTPConnection") -> bool:
+        """Whether somebody is signed in; for each message of an open page, whether they may still see that page."""
+        path = connection.scope["path"].removesuffix("/ws") or "/"
+        if connection.scope["type"] != "websocket" or path not in self.project_of:
+            return self.signin.is_admitted(connection)
+        try:
+            return bool(self._visitor_of(connection, path))
+        except DeniedError:
+            return False
 
 # %% ../../nbs/apps/03_main.ipynb #e0171bff
 _PUBLIC = (
@@ -129,5 +144,5 @@ def build_app(
     parts, pages = add_parts(app, service), Pages(service, signin)
     bokeh = add_pages(app, pages.builders())
     app.add_middleware(Visits, pages=bokeh, paths=tuple(pages.project_of), who=pages.who)
-    app.add_middleware(signin.guard, private=("/",), public=_PUBLIC)
+    app.add_middleware(signin.guard, private=("/",), public=_PUBLIC, admit=pages.admits)
     return app, parts
