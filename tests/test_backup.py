@@ -24,6 +24,7 @@ from rlhf_workbench.store.audit import verify
 from rlhf_workbench.store.backup import Manifest, backup, check_backup, read_manifest, restore, store_info
 from rlhf_workbench.store.copying import copy_database, read_contents
 from rlhf_workbench.store.encryption import is_encrypted, open_cursor, open_database
+from rlhf_workbench.store.owner import FileBackend
 from rlhf_workbench.store.rewrite import compact, encrypt_store
 from rlhf_workbench.store.tables import connect
 
@@ -126,6 +127,8 @@ def test_a_backup_while_the_store_appends_is_a_prefix_of_its_history(path: Path,
         writer.start()
         try:
             assert started.wait(30)
+            assert isinstance(store.backend, FileBackend)
+            assert store.backend.owner
             made = backup(store.backend.owner.engine._con.cursor(), tmp_path / "monday")
         finally:
             stop.set()
@@ -244,7 +247,8 @@ def test_a_damaged_backup_is_not_restored(path: Path, tmp_path: Path, damage: st
     _back_up(path, folder, files=path.with_suffix(".files"))
     act, problem = DAMAGES[damage]
     act(folder)
-    for attempt in (lambda: check_backup(folder), lambda: restore(folder, again)):
+    attempts: list[Callable[[], object]] = [lambda: check_backup(folder), lambda: restore(folder, again)]
+    for attempt in attempts:
         with pytest.raises((InputError, MissingError), match=problem):
             attempt()
     assert [file.name for file in tmp_path.glob("again*")] in ([], ["again.duckdb.lock"])

@@ -331,6 +331,29 @@ def test_no_file_beside_an_encrypted_store_shows_a_word(path: Path, key: str | N
         assert _where(folder) == {".duckdb"}
 
 
+@pytest.mark.parametrize("key", [None, FIRST])
+def test_what_is_written_through_the_store_shows_nowhere(
+    tmp_path: Path, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it is open: file, log, head and the owner's note; the note of a plain store can be read."""
+    file = tmp_path / "pilot.duckdb"
+    if key:
+        monkeypatch.setenv("RLHFW_STORE_KEY", key)
+    with connect(file, actor=MARK) as store:
+        store.append([Prompt(text=f"{MARK} {i}", metadata={"note": MARK}) for i in range(100)])
+        store.append(Prompt(text=MARK, topic=MARK))
+        with connect(file) as second:
+            assert second.counts() == {"prompt": 101}
+        assert {file.suffix for file in tmp_path.iterdir()} >= {".duckdb", ".wal", ".owner", ".lock"}
+        assert (".wal" in _where(tmp_path)) == (key is None)
+        assert _where(tmp_path) <= (set() if key else {".duckdb", ".wal"})
+        note = (tmp_path / "pilot.duckdb.owner").read_bytes()
+        assert (b"127.0.0.1" in note) == (key is None)
+        assert store.verify().is_intact
+    assert _where(tmp_path) == (set() if key else {".duckdb"})
+    assert is_encrypted(file) == bool(key)
+
+
 def test_a_sealed_export_shows_nothing_and_comes_back(path: Path) -> None:
     folder = path.parent
     rows = [{"prompt": f"{MARK} {i}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(20)]
