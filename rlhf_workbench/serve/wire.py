@@ -149,7 +149,7 @@ _HEADERS = [
     (b"permissions-policy", b"camera=(), microphone=(), geolocation=()"),
 ]
 _STRICT = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
-_LINGER_S = 5.0
+_LINGER_S = 2.0
 
 
 class Trace:

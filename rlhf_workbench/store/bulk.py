@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
-from typing import Any
+from typing import Any, get_args
 
 import duckdb
 import numpy as np
@@ -111,7 +111,7 @@ def _default(kind: type[Record], name: str) -> Any:
 def _must_be_there(kind: type[Record], name: str) -> bool:
     """Whether a field allows no None."""
     field = next(f for f in fields(kind) if f.name == name)
-    return "None" not in str(field.type)
+    return type(None) not in get_args(field.type)
 
 
 def _cast(kind: type[Record], column: pa.ChunkedArray, field: pa.Field, sql: str) -> pa.ChunkedArray:
