@@ -8,6 +8,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/apps/mount.html.md"""
 __all__ = ['Page', 'Who', 'visitor', 'add_pages', 'Visits']
 
 # %% ../../nbs/apps/04_mount.ipynb #490aa77f
+import asyncio
 import contextvars
 import secrets
 from collections.abc import Callable, Collection, Mapping
@@ -45,6 +46,7 @@ def add_pages(
     """Serve pages of Panel from an application."""
     with needs_extra("apps"):
         from panel.io.fastapi import add_applications
+    _send_whole()
     return add_applications(
         dict(pages),
         app=app,
@@ -53,6 +55,23 @@ def add_pages(
         sign_sessions=True,
         secret_key=secrets.token_bytes(32),
     )
+
+# %% ../../nbs/apps/04_mount.ipynb #c0911c79
+def _send_whole() -> None:
+    """Let each line send its messages one after the other; harmless a second time."""
+    from bokeh_fastapi.handler import WSHandler
+
+    send = WSHandler.send_message
+    if hasattr(send, "is_whole"):
+        return
+
+    async def send_message(line: Any, message: Any) -> int:
+        async with line.__dict__.setdefault("rlhfw_turn", asyncio.Lock()):
+            sent: int = await send(line, message)
+            return sent
+
+    send_message.is_whole = True  # type: ignore[attr-defined]
+    WSHandler.send_message = send_message
 
 # %% ../../nbs/apps/04_mount.ipynb #0bfab6e4
 Who = Callable[["HTTPConnection", str], Identity]  # connection, path of a page → who sees it
