@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..core.errors import WorkbenchError
 from ..core.settings import needs_extra
+from ..store.owner import FileBackend
 from ..store.tables import Store
 
 with needs_extra("serve"):
@@ -70,10 +71,14 @@ def store_figures(
     """What there is and what is going on in one store."""
     for table, rows in store.counts().items():
         yield "rows", {"table": table}, rows
-    yield "last_change", {}, int(store.sql("SELECT coalesce(max(seq), 0) AS n FROM audit")["n"][0])
+    yield "last_change", {}, store.last_change(None)
     for name, query in (("jobs", _STATES), ("deliveries", _DELIVERIES)):
         for state, n in store.sql(query).itertuples(index=False):
             yield name, {"state": str(state)}, int(n)
+    owner = store.backend.owner if isinstance(store.backend, FileBackend) else None
+    if owner:
+        yield "changes_written", {}, owner.engine.n_writes
+        yield "commits", {}, owner.engine.n_commits
     answers = store.sql(_ANSWERS).iloc[0]
     yield "queue_answers", {"state": "wanted"}, int(answers["wanted"])
     yield "queue_answers", {"state": "given"}, int(answers["given"])
@@ -84,6 +89,8 @@ _BUCKETS = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 _MEANING = {
     "rows": "Rows ever written, by table",
     "last_change": "Number of the last change in the audit chain",
+    "changes_written": "Changes written since the start; divided by the commits, how many share one",
+    "commits": "Commits since the start",
     "jobs": "Jobs by state",
     "deliveries": "Deliveries to webhooks by state",
     "queue_answers": "Answers that all queues want, and that they were given",
