@@ -561,6 +561,13 @@ def test_no_client_makes_up_a_label(app: FastAPI, program: Program, store: Store
     assert "safety" not in page  # another project's figures are not for this token
 
 
+@pytest.mark.parametrize(("is_alone", "status"), [(True, 200), (False, 401)])
+def test_behind_a_proxy_this_machine_is_nobody_special(app: FastAPI, is_alone: bool, status: int) -> None:
+    app.state.is_alone = is_alone
+    here = TestClient(app, base_url="http://127.0.0.1:5006", client=("127.0.0.1", 4711))
+    assert here.get("/metrics").status_code == status
+
+
 @pytest.mark.parametrize("kind", ["read_only", "full"])
 def test_a_store_that_cannot_be_written_is_not_ready(
     app: FastAPI, store: Store, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ httpx = pytest.importorskip("httpx", reason="needs the extra serve: pip install 
 pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
 
 from click.testing import CliRunner
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from rlhf_workbench.commands.serve import Place, check_place, is_here, project_names, serve
 from rlhf_workbench.core.errors import InputError, MissingError
-from rlhf_workbench.core.schema import Job, JobEnd, Prompt
+from rlhf_workbench.core.schema import Job, JobEnd, Prompt, utc_now
 from rlhf_workbench.govern.access import make_token
 from rlhf_workbench.store.tables import connect
 
@@ -54,7 +59,7 @@ def served(*stores: Path, options: tuple[str, ...] = ()) -> Iterator[Served]:
         line = process.stdout.readline()
         assert line, process.stderr.read() if process.stderr else ""
         said = json.loads(line)
-        with httpx.Client(base_url=said["url"], timeout=30) as browser:
+        with httpx.Client(base_url=said["url"], timeout=30, verify=False) as browser:
             if said["link"]:
                 assert browser.get(said["link"]).status_code == 303
             yield Served(process, said["url"], said["link"], browser)
@@ -179,6 +184,32 @@ def test_a_job_outlives_its_service(tmp_path: Path) -> None:
     with connect(path) as store:
         assert [end.status for end in store.records(JobEnd)] == ["cancelled"]
         assert len(store.records(Job)) == 1
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[str, str]:
+    """A certificate that we signed ourselves, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "127.0.0.1")])
+    now = utc_now()
+    made = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + timedelta(days=1))
+    form = serialization.PrivateFormat.PKCS8
+    secret = key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+    files = tmp_path / "cert.pem", tmp_path / "key.pem"
+    files[0].write_bytes(made.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+    files[1].write_bytes(secret)
+    return str(files[0]), str(files[1])
+
+
+@pytest.mark.slow
+def test_with_a_certificate_the_line_is_sealed(tmp_path: Path, certificate: tuple[str, str]) -> None:
+    with served(tmp_path / "s.duckdb", options=("--cert", certificate[0], "--key", certificate[1])) as service:
+        assert service.url.startswith("https://127.0.0.1:")
+        (cookie,) = service.browser.cookies.jar
+        assert (cookie.name, cookie.secure) == ("__Host-rlhfw_session", True)
+        assert service.browser.get("/v1/projects").json() == {"s": "admin"}
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(service.url.replace("https", "http"), timeout=10)
 
 
 # What is in the way, in one line
