@@ -161,6 +161,8 @@ def test_lists_are_narrowed_by_any_plain_column(store: Store) -> None:
     assert found(is_swapped="true") == []
     assert found(recorded_at=votes[1].recorded_at.isoformat()) == ["c1"]
     assert found(annotator_id="' OR 1=1 --") == []
+    assert ROB.get(f"{ROOT}/ratings", params={"kind": "binary"}).status_code == 200
+    assert ROB.get(f"{ROOT}/runs/export", params={"kind": "train"}).content == b""
     assert ROB.get(path, params={"label": "left"}).status_code == 422
     assert ROB.get(path, params={"metadata": "{}"}).status_code == 422
 

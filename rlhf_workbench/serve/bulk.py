@@ -273,6 +273,7 @@ _PORTION = 10_000
 def portions(
     store: Store,
     kind: type[Record],
+    /,  # a column may be called `kind` too
     **equals: Any,  # column=value
 ) -> Iterator[pa.Table]:
     """The current records of a type, some thousand at a time."""

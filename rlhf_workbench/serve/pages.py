@@ -93,6 +93,7 @@ def records_after(
     kind: type[R],
     after: str | None,  # an id; None: from the beginning
     n: int,  # how many at most
+    /,  # a column may be called `kind` too
     **equals: Any,  # column=value
 ) -> list[R]:  # by id
     """Some of the current records of a type."""
