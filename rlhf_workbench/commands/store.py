@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from .verbs import FILE, Verbs, say, shared
+from .verbs import FILE, Verbs, existing_file, say, shared
 from ..core.errors import InputError, MissingError, StateError
 
 # %% ../../nbs/commands/03_store.ipynb #207553b4
@@ -188,17 +188,14 @@ def backup(folder: Path, with_files: bool, key_file: Path | None, store: Path, a
 
     Example: rlhfw store backup backups/monday --files
     """
-    from rlhf_workbench.store.backup import backup as back_up
-    from rlhf_workbench.store.encryption import open_database
-    from rlhf_workbench.store.rewrite import alone_with
+    from rlhf_workbench.store.backup import Manifest
+    from rlhf_workbench.store.tables import connect
 
-    with alone_with(store) as path:
-        key = _key_if_encrypted(path, key_file)
-        con = open_database(path, key)
-        try:
-            made = back_up(con, folder, key=key, files=path.with_suffix(".files") if with_files else None)
-        finally:
-            con.close()
+    existing_file(store)
+    if key_file:
+        os.environ |= {"RLHFW_STORE_KEY": "", "RLHFW_STORE_KEY_FILE": str(key_file.resolve())}
+    with connect(store) as opened:
+        made = Manifest(**opened.back_up(folder, with_files=with_files))
     _say_backup(as_json, made, f"{made.n_changes} changes are in {folder}; head {made.head}")
 
 

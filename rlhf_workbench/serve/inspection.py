@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, Any
 
-from ..core.errors import InputError, StateError
+from ..core.errors import InputError
 from ..core.schema import utc_now
 from ..core.settings import needs_extra
 from ..govern.access import readable_tables
 from .pages import Window, window
 from .web import Access, caller, routes
 from ..store.audit import AuditReport
-from ..store.backup import Manifest, StoreInfo, backup, store_info
-from ..store.encryption import find_key
-from ..store.owner import FileBackend
+from ..store.backup import Manifest, StoreInfo, store_info
 from ..store.query import check_query
 from ..store.tables import Store
 
@@ -139,12 +137,8 @@ class Backup:
 
 def _back_up(store: Store) -> Backup:
     """Copy the store as it is now."""
-    owner = store.backend.owner if isinstance(store.backend, FileBackend) else None
-    if owner is None or store.path is None:
-        raise StateError("only the process that owns a store's file backs it up; ask `rlhfw serve`")
     name = f"{utc_now():%Y%m%d-%H%M%S-%f}"
-    with owner.engine._reader_of_its_own() as con:
-        return Backup(name, backup(con, store.files("backups") / name, key=find_key(store.path)))
+    return Backup(name, Manifest(**store.back_up(store.files("backups") / name)))
 
 
 @router.post("/store/backup", status_code=201)

@@ -11,6 +11,7 @@ __all__ = ['Group', 'Backend', 'where_equal', 'EngineBackend']
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from ..core.errors import InputError
 from ..core.schema import RECORDS, Record, columns
 from .audit import AuditReport
 from .changes import Rows, make_change
+from .encryption import find_key, is_encrypted
 from .engine import Engine, Told
 from .query import ALL_TABLES, check_query, only_reading, run_query
 
@@ -66,6 +68,9 @@ class Backend(Protocol):
 
     def watch(self, watcher: Callable[[Told], None]) -> Callable[[], None]:
         """Be told of changes."""
+
+    def back_up(self, target: Path, with_files: bool) -> dict[str, Any]:
+        """A verified copy in a new folder; what its manifest says."""
 
     def files(self) -> Path:
         """The folder for what is too large for a table."""
@@ -176,6 +181,16 @@ class EngineBackend:
     def watch(self, watcher: Callable[[Told], None]) -> Callable[[], None]:
         """Be told of changes."""
         return self.engine.watch(watcher)
+
+    def back_up(self, target: Path, with_files: bool) -> dict[str, Any]:
+        """A verified copy of one moment, while others go on writing."""
+        from rlhf_workbench.store.backup import backup
+
+        if self.path is None:
+            raise InputError("the store is in memory; there is no file to back up")
+        key = find_key(self.path) if is_encrypted(self.path) else None
+        with self.engine.own_reader() as con:
+            return asdict(backup(con, target, key=key, files=self.files() if with_files else None))
 
     def files(self) -> Path:
         """The folder beside the file, or a temporary one for a store in memory."""

@@ -68,6 +68,7 @@ class Engine:
         self._turn, self._count = threading.Lock(), threading.Lock()
         self._waiting, self._inside = 0, 0  # threads that want a turn; the thread that has it
         self._group: _Group | None = None
+        self._broken: BaseException | None = None  # why the file could not be opened again
         self._head: tuple[int, str] | None = None
         self._readers: list[duckdb.DuckDBPyConnection] = []
         self._watchers: list[Callable[[Told], None]] = []
@@ -91,8 +92,9 @@ class Engine:
                 self._flush(self._group)
             yield self._con
             return
-        if self.is_closed:
-            raise StateError(f"the store {self.path or 'in memory'} is closed; connect again")
+        if self._broken or self.is_closed:
+            with self._turn_taken():  # opens again, or says why not
+                pass
         try:
             cursor = self._readers.pop()
         except IndexError:
@@ -139,11 +141,11 @@ class Engine:
 
     def verify(self) -> AuditReport:
         """Check the chain against the tables and against the head kept beside the file."""
-        with self._reader_of_its_own() as con:
+        with self.own_reader() as con:
             return verify(con, self._head_file.read() if self._head_file else None)
 
     @contextmanager
-    def _reader_of_its_own(self) -> Iterator[duckdb.DuckDBPyConnection]:
+    def own_reader(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection that nobody uses afterwards."""
         with self._turn_taken():  # nothing half done
             cursor = self._con.cursor()
@@ -190,8 +192,7 @@ class Engine:
                 self._waiting -= 1
         self._inside = threading.get_ident()
         try:
-            if self.is_closed:
-                raise StateError(f"the store {self.path or 'in memory'} is closed; connect again")
+            self._require_open()
             yield
         finally:
             self._inside = 0
@@ -269,12 +270,23 @@ class Engine:
             self._flush(group)
             self._con.execute("COMMIT")
         except BaseException as error:
-            group.error = error
             self._roll_back()
+            if self._is_durable(group):
+                self._after_commit(group)
+            else:
+                group.error = error
         else:
             self._after_commit(group)
         finally:
             group.done.set()
+
+    def _is_durable(self, group: _Group) -> bool:
+        """Whether a commit that failed is on disk all the same: the log was written, what came after was not."""
+        if not group.entries or self._broken:
+            return False
+        _, row, link = group.entries[-1]
+        self._head = self._read_head()
+        return self._hash_at(row["seq"]) == link
 
     def _after_commit(self, group: _Group) -> None:
         """Keep the head beside the file, and tell who watches."""
@@ -325,8 +337,21 @@ class Engine:
             with contextlib.suppress(duckdb.Error):
                 con.close()
         self._readers.clear()
-        with contextlib.suppress(duckdb.Error, StateError):
-            self._con = self._opener()
+        try:
+            self._con, self._broken = self._opener(), None
+        except (duckdb.Error, StateError, OSError) as error:
+            self._broken = error
+
+    def _require_open(self) -> None:
+        """Refuse a store that was closed; try again to open one whose file could not be opened."""
+        if self.is_closed:
+            raise StateError(f"the store {self.path or 'in memory'} is closed; connect again")
+        if self._broken:
+            self._reopen()
+        if self._broken:
+            raise StateError(
+                f"{self.path} cannot be opened again: {self._broken}; nothing acknowledged is lost, mend that and try again"
+            )
 
     def _explained(self, error: BaseException) -> BaseException:
         """The database's complaint as one of ours."""

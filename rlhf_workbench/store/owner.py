@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -35,6 +35,7 @@ from .encryption import find_key, open_database
 from .engine import Engine, Told
 from .migrations import prepare
 from .remote import Connection, OwnerGone, RemoteBackend
+from .rewrite import clear_leftovers
 from .wire import Desk
 
 # %% ../../nbs/store/16_owner.ipynb #7bbca23b
@@ -238,6 +239,7 @@ def _try_to_own(path: Path, key: str | None, is_read_only: bool, actor: str) -> 
             except OSError as error:
                 return _look_only(path, key, is_read_only, error)
             try:
+                clear_leftovers(path)
                 held = Ownership(path, lock, key, actor)
             except BaseException:
                 lock.release()
@@ -352,11 +354,14 @@ class FileBackend:
     @contextmanager
     def transaction(self, is_brief: bool = False) -> Iterator[None]:
         """All calls inside happen at once, or not at all."""
-        found = self._now()
-        if isinstance(found, RemoteBackend) and not found.is_in_transaction:
-            self._call(lambda backend, _: backend.last_change(None))  # is the owner still there?
-            found = self._now()
-        with found.transaction(is_brief):
+        with ExitStack() as stack:
+            while True:
+                found = self._now()
+                try:
+                    stack.enter_context(found.transaction(is_brief))
+                    break
+                except OwnerGone:
+                    self._renew(found)
             yield
 
     def append(self, groups: Sequence[Group], actor: str, is_retry: bool = False) -> None:
@@ -398,6 +403,10 @@ class FileBackend:
     def watch(self, watcher: Callable[[Told], None]) -> Callable[[], None]:
         """Be told of changes, as long as the present owner lives."""
         return self._now().watch(watcher)
+
+    def back_up(self, target: Path, with_files: bool) -> dict[str, Any]:
+        """A verified copy, made by the owner."""
+        return self._call(lambda backend, _: backend.back_up(target, with_files))
 
     def files(self) -> Path:
         """The folder beside the file."""

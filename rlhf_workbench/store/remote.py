@@ -129,16 +129,25 @@ class RemoteBackend:
             return
         self._local.transaction = self._call("begin", actor=getattr(self._local, "actor", "local"))[0]["transaction"]
         try:
-            try:
-                yield
-            except BaseException:
-                self._roll_back()
-                raise
-            self._call("commit")
+            yield
         except OwnerGone as error:
             raise StateError(f"the store's owner went away during a transaction: {error}; do it again") from error
+        except BaseException:
+            self._roll_back()
+            raise
+        else:
+            self._commit()
         finally:
             self._local.transaction = None
+
+    def _commit(self) -> None:
+        """Make it last."""
+        try:
+            self._call("commit")
+        except OwnerGone as error:
+            raise StateError(
+                f"the store's owner went away while it committed: {error}; look whether it was kept before you do it again"
+            ) from error
 
     def _roll_back(self) -> None:
         """Undo, when there is still somebody who can; otherwise it is undone already."""
@@ -213,6 +222,10 @@ class RemoteBackend:
 
         threading.Thread(target=look, daemon=True, name="rlhfw-watch").start()
         return stop.set
+
+    def back_up(self, target: Path, with_files: bool) -> dict[str, Any]:
+        """A verified copy, made by the owner on its machine."""
+        return self._call("back_up", target=str(target), with_files=with_files)[0]
 
     def files(self) -> Path:
         """Beside the file; for a server's store, a folder of this machine."""

@@ -197,6 +197,15 @@ class Store:
         self._require_writable()
         self.backend.keep_receipt(key, fingerprint, status, body)
 
+    def back_up(
+        self,
+        target: str | Path,  # a new folder
+        *,
+        with_files: bool = False,  # model weights and reports too
+    ) -> dict[str, Any]:  # what the backup's manifest says
+        """Copy the store as it is at this moment, verified, while others go on; raises `StateError` when it cannot be."""
+        return self.backend.back_up(Path(target).absolute(), with_files)
+
     def files(
         self,
         name: str = "",  # what for: models, reports, …

@@ -17,6 +17,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -176,7 +177,7 @@ def _give_up() -> None:
 _TABLES = {kind.table: kind for kind in RECORDS}
 ALL_CALLS = (
     *("append", "append_table", "select", "query", "counts", "verify", "audit_rows", "last_change"),
-    *("receipt", "keep_receipt", "begin", "commit", "rollback"),
+    *("receipt", "keep_receipt", "back_up", "begin", "commit", "rollback"),
 )
 
 
@@ -316,6 +317,11 @@ class Desk:
     def _receipt(self, head: dict[str, Any], table: Any, actor: str, caller: Caller) -> bytes:
         self._need(caller, "store:write")
         return pack({"receipt": self.backend.receipt(f"{actor}:{head['key']}")})
+
+    def _back_up(self, head: dict[str, Any], table: Any, actor: str, caller: Caller) -> bytes:
+        if caller.actor is not None:
+            raise DeniedError("a client names no folder of the server; ask for POST /store/backup instead")
+        return pack(self.backend.back_up(Path(head["target"]), bool(head["with_files"])))
 
     def _keep_receipt(self, head: dict[str, Any], table: Any, actor: str, caller: Caller) -> bytes:
         self._need(caller, "store:write")
