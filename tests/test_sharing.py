@@ -148,7 +148,10 @@ def test_tables_of_rows(store: Store) -> None:
     for wrong, words in [
         (table.append_column("colour", pa.array(["red"] * 3000)), "has no column 'colour'"),
         (table.set_column(2, "label", pa.array(["left"] * 3000)), "must be one of"),
-        (table.set_column(2, "label", pa.nulls(3000, pa.string())), "is empty in row 1"),
+        (
+            table.set_column(2, "label", pa.nulls(3000, pa.string())),
+            "line 1: label: must not be empty; at least 100 things",
+        ),
         (table.append_column("metadata", pa.array(["{"] * 3000)), "must be JSON"),
         (table.append_column("submitted_at", pa.array([datetime(2026, 1, 1)] * 3000)), "has no time zone"),
     ]:

@@ -12,15 +12,14 @@ __all__ = ['RESOURCES', 'plural', 'write_new', 'add_reading', 'export', 'Written
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from tempfile import SpooledTemporaryFile
 from typing import IO, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..core.errors import InputError, MissingError, StateError
+from ..core.errors import InputError
 from rlhf_workbench.core.schema import (
     PRIVATE,
     RECORDS,
@@ -43,8 +42,9 @@ from rlhf_workbench.serve.bulk import (
     ARROW,
     LINES,
     WRITERS,
-    LineErrors,
     check_replaced,
+    check_same,
+    known_records,
     portions,
     read_arrow,
     read_lines,
@@ -55,6 +55,7 @@ from .problems import problem
 from .receipts import reply
 from .shapes import ANNOTATED, example, field_type, one_or_many, shape
 from .web import PROJECT, Access, caller, routes
+from ..store.bulk import LineErrors
 from ..store.tables import Store
 
 with needs_extra("serve"):
@@ -100,22 +101,6 @@ def _check_import(access: Access, has_moment: bool, actor: str | None) -> None:
         access.require("store:write")
 
 # %% ../../nbs/serve/28_records.ipynb #60cb14ef
-_FEW = 10  # ids that are quicker looked up one by one
-
-
-def _old(store: Store, kind: type[Record], ids: Sequence[str]) -> dict[str, Record]:
-    """The records that have these ids already."""
-    known = set(ids)
-    if len(ids) > _FEW:
-        query = f"SELECT id FROM {kind.table} WHERE id IN (SELECT unnest(?))"
-        known = set(store.sql(query, [list(ids)])["id"])
-    found = {}
-    for record_id in known:
-        with suppress(MissingError):
-            found[record_id] = store.get(kind, record_id)
-    return found
-
-
 def write_new(
     store: Store,
     records: Sequence[Record],  # of one type
@@ -126,12 +111,10 @@ def write_new(
     if len({record.id for record in records}) != len(records):
         raise InputError("an id is there twice; give each record its own, or none")
     with store.transaction():
-        old = _old(store, kind, named)
+        old = {record.id: record for record in known_records(store, kind, named)}
         for record in records:
-            same = old.get(record.id)
-            if same and replace(record, recorded_at=same.recorded_at, actor=same.actor) != same:
-                text = f"{kind.table} {record.id} is there already with other content"
-                raise StateError(f"{text}; write a new record that replaces it")
+            if record.id in old:
+                check_same(old[record.id], {**vars(record), "recorded_at": None, "actor": None})
         new = [record for record in records if record.id not in old]
         check_replaced(store, kind, [record.replaces for record in new if record.replaces])
         if new:

@@ -9,16 +9,16 @@ __all__ = ['ANNOTATED', 'field_docs', 'field_type', 'example', 'new_shape', 'one
 
 # %% ../../nbs/serve/26_shapes.ipynb #8809aee2
 import inspect
-import json
 import re
 import typing
 from dataclasses import MISSING, Field, fields
 from datetime import UTC, datetime
 from functools import cache
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from ..core.schema import RECORDS, Record, columns
+from ..core.schema import RECORDS, Record, allowed_words, columns
 from ..core.settings import needs_extra
+from ..store.bulk import EARLIEST, ID_FORM, LATEST, STAMPED, as_json
 
 with needs_extra("serve"):
     import pydantic
@@ -45,18 +45,18 @@ def field_docs(
 # %% ../../nbs/serve/26_shapes.ipynb #aa767803
 def _check_open(value: Any) -> Any:
     """An open-ended value that JSON can hold."""
-    json.dumps(value, allow_nan=False).encode()
+    as_json("this", value)
     return value
 
 
 def _check_moment(value: datetime) -> datetime:
     """A moment that every reader of the store can show."""
-    if not 1700 <= value.year <= 2200:
-        raise ValueError("a moment lies between the years 1700 and 2200")
+    if not EARLIEST <= value <= LATEST:
+        raise ValueError(f"a moment lies between the years {EARLIEST.year} and {LATEST.year}")
     return value.astimezone(UTC)
 
 
-_ID = Annotated[str, pydantic.Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.:-]{0,99}$")]
+_ID = Annotated[str, pydantic.Field(pattern=ID_FORM)]
 _TYPES: dict[str, Any] = {
     "BIGINT": Annotated[int, pydantic.Field(ge=-(2**63), le=2**63 - 1)],
     "DOUBLE": Annotated[float, pydantic.Field(allow_inf_nan=False)],
@@ -101,15 +101,9 @@ _BY_TYPE: dict[str, Any] = {"BIGINT": 1, "DOUBLE": 0.5, "BOOLEAN": False, "VARCH
 _BY_TYPE |= {"TIMESTAMPTZ": "2026-11-23T07:21:14Z"}
 
 
-def _words(hint: Any) -> tuple[str, ...]:
-    """The words of a `Literal`, also of an optional one."""
-    parts = (hint, *typing.get_args(hint))
-    return next((typing.get_args(part) for part in parts if typing.get_origin(part) is Literal), ())
-
-
 def _example_value(kind: type[Record], item: Field[Any]) -> Any:
     hint, sql = typing.get_type_hints(kind)[item.name], columns(kind)[item.name]
-    if words := _words(hint):
+    if words := allowed_words(kind).get(item.name):
         return words[0]
     if item.name == "id" or (item.name.endswith("_id") and item.name != "annotator_id"):
         return _UUID
@@ -131,7 +125,6 @@ def example(
 
 # %% ../../nbs/serve/26_shapes.ipynb #a2480b84
 ANNOTATED: Any = Annotated  # for types that are made while the program runs
-_SERVER = ("id", "recorded_at", "actor")
 _made: dict[str, type[BaseModel]] = {}
 
 
@@ -147,7 +140,7 @@ def _new_field(kind: type[Record], item: Field[Any]) -> tuple[Any, Any]:
     """Type and description of a field that a client may send."""
     hint = field_type(kind, item.name)
     kept: dict[str, Any] = {"description": field_docs(kind).get(item.name)}
-    if item.name in _SERVER:
+    if item.name in STAMPED:
         return hint | None, pydantic.Field(default=None, **kept)
     if item.default_factory is not MISSING:
         return hint, pydantic.Field(default_factory=item.default_factory, **kept)
