@@ -25,9 +25,9 @@ from rlhf_workbench.core.schema import Prompt
 from rlhf_workbench.govern.access import make_token
 from rlhf_workbench.serve.api import create_app
 from rlhf_workbench.serve.callers import Service
+from rlhf_workbench.serve.limits import Limits, RequestIds, patient_protocol
 from rlhf_workbench.serve.running import add_parts
 from rlhf_workbench.serve.web import Access, caller, routes
-from rlhf_workbench.serve.wire import Limits, RequestIds, patient_protocol
 from rlhf_workbench.store.tables import Store, connect
 
 pytestmark = pytest.mark.server

@@ -20,9 +20,9 @@ from rlhf_workbench.govern.access import make_token
 from rlhf_workbench.serve.api import create_app
 from rlhf_workbench.serve.bulk import ARROW, LINES
 from rlhf_workbench.serve.callers import Service
+from rlhf_workbench.serve.limits import Limits
 from rlhf_workbench.serve.records import RESOURCES, plural
 from rlhf_workbench.serve.shapes import example, shape
-from rlhf_workbench.serve.wire import Limits
 from rlhf_workbench.store.tables import Store, connect
 
 ROOT = "/v1/projects/pilot"

@@ -16,9 +16,9 @@ from rlhf_workbench.core.schema import Annotation, Role
 from rlhf_workbench.govern.access import PERMISSIONS, make_token, revoke_token
 from rlhf_workbench.serve.api import all_routers, create_app
 from rlhf_workbench.serve.callers import Service
+from rlhf_workbench.serve.limits import Limits
 from rlhf_workbench.serve.running import add_parts
 from rlhf_workbench.serve.web import GuardedRoute, routes
-from rlhf_workbench.serve.wire import Limits
 from rlhf_workbench.store.tables import connect
 
 ROLES = get_args(Role)

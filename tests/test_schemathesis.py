@@ -17,8 +17,8 @@ from rlhf_workbench.govern.access import make_token
 from rlhf_workbench.serve.api import create_app
 from rlhf_workbench.serve.bulk import ARROW, LINES
 from rlhf_workbench.serve.callers import Service
+from rlhf_workbench.serve.limits import Limits
 from rlhf_workbench.serve.running import add_parts
-from rlhf_workbench.serve.wire import Limits
 from rlhf_workbench.store.tables import connect
 
 ROLES = get_args(Role)

@@ -130,9 +130,9 @@ def run_service(
 
     from rlhf_workbench.apps.main import build_app
     from rlhf_workbench.serve.callers import Service
+    from rlhf_workbench.serve.limits import patient_protocol
     from rlhf_workbench.serve.running import Server, listen
     from rlhf_workbench.serve.signin import SignIn
-    from rlhf_workbench.serve.wire import patient_protocol
 
     with contextlib.closing(listen(place.host, place.port)) as sock:
         signin = SignIn(projects, _settings(place))

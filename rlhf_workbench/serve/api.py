@@ -14,8 +14,8 @@ from typing import Any
 
 from ..core.settings import needs_extra
 from .callers import Service, known_in
+from .limits import Trace
 from .problems import Incidents, install_problems
-from .wire import Trace
 
 with needs_extra("serve"):
     from fastapi import APIRouter, FastAPI, Request

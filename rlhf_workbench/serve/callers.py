@@ -19,7 +19,7 @@ from typing import Protocol
 from ..core.errors import DeniedError, MissingError
 from ..core.settings import needs_extra
 from ..govern.access import Identity, find_identity
-from .wire import Limits, Throttle
+from .limits import Limits, Throttle
 from ..store.tables import Store
 
 with needs_extra("serve"):

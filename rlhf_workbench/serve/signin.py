@@ -25,9 +25,9 @@ from ..core.errors import DeniedError, InputError, WorkbenchError
 from ..core.settings import needs_extra
 from ..govern.access import Identity, member_identity
 from .guard import LOOPBACK, Guard, has_bearer, local_path, origin_of
+from .limits import Throttle
 from .oidc import OidcSettings, Person, Provider, Question, is_loopback
 from .tickets import Tickets
-from .wire import Throttle
 from ..store.tables import Store
 
 with needs_extra("serve"):

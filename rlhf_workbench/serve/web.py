@@ -20,8 +20,8 @@ from ..core.errors import InputError, MissingError
 from ..core.settings import needs_extra
 from ..govern.access import Identity, may, require
 from .callers import Service, bearer, recognise
+from .limits import Limits, Meter, too_large
 from .receipts import answer_once, receipt_key, reply
-from .wire import Limits, Meter, too_large
 from ..store.tables import Store
 
 with needs_extra("serve"):
