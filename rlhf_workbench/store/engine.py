@@ -11,6 +11,7 @@ __all__ = ['Told', 'Engine']
 import contextlib
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ import duckdb
 import pyarrow as pa
 
 from ..core.errors import StateError
-from ..core.schema import Record, utc_now
+from ..core.schema import Record, new_id, utc_now
 from .audit import START, AuditReport, HeadFile, link_hash, verify
 from .changes import Change, Rows, column_lists, merged_rows
 
@@ -51,6 +52,7 @@ _RECEIPT = {
     "recorded_at": "TIMESTAMPTZ",
 }
 _MOST_MEMBERS = 64
+_MOST_RECENT = 4096
 _RECEIPT_LIFE = timedelta(hours=24)
 _log = logging.getLogger(__name__)
 Told = list[tuple[str, int, int]]  # table, sequence number, rows
@@ -72,6 +74,8 @@ class Engine:
         self._head: tuple[int, str] | None = None
         self._readers: list[duckdb.DuckDBPyConnection] = []
         self._watchers: list[Callable[[Told], None]] = []
+        self._recent: deque[Change] = deque(maxlen=_MOST_RECENT)  # the last changes, also those not yet committed
+        self.epoch = new_id()  # changes whenever something written was taken back
         self._found: dict[str, int] | None = None  # last changes when first asked
         self._told: dict[str, int] = {}  # last changes since; kept apart, so that a commit meanwhile is not lost
         self.is_closed, self.n_commits, self.n_writes = False, 0, 0
@@ -229,7 +233,25 @@ class Engine:
         row |= {"table_name": change.kind.table, "n_rows": change.n, "content": change.content}
         self._head = (seq + 1, link_hash(previous, row))
         self._group.entries.append((change, row, self._head[1]))
+        self._recent.append(change)
         return seq + 1
+
+    def recent(
+        self,
+        after: int,  # a sequence number
+    ) -> list[Change] | None:  # None: longer ago than is remembered
+        """The changes since then, those of this transaction too; call it inside one."""
+        assert self.is_inside
+        if self._head is None:
+            self._head = self._read_head()
+        n = self._head[0] - after
+        return list(self._recent)[len(self._recent) - n :] if 0 <= n <= len(self._recent) else None
+
+    @property
+    def head_seq(self) -> int:
+        """Number of the last change, inside a transaction also of its own."""
+        assert self._head is not None
+        return self._head[0]
 
     def _flush(self, group: _Group) -> None:
         """Bring what waits into the database's transaction."""
@@ -270,6 +292,8 @@ class Engine:
             self._flush(group)
             self._con.execute("COMMIT")
         except BaseException as error:
+            self._recent.clear()
+            self.epoch = new_id()
             self._roll_back()
             if self._is_durable(group):
                 self._after_commit(group)
@@ -305,6 +329,9 @@ class Engine:
 
     def _undo(self, group: _Group, n_entries: int, n_receipts: int, head: tuple[int, str] | None) -> None:
         """Take back what the failing writer did; the rows of those before it are written again at the commit."""
+        for _ in group.entries[n_entries:]:
+            self._recent.pop()
+            self.epoch = new_id()
         del group.entries[n_entries:], group.receipts[n_receipts:]
         if group.is_touched:
             self._roll_back()

@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from ..core.errors import StateError
 from ..core.schema import Record
 from .audit import AuditReport
-from .backend import Backend, EngineBackend, Group
+from .backend import Backend, EngineBackend, Group, News
 from .encryption import find_key, open_database
 from .engine import Engine, Told
 from .migrations import prepare
@@ -391,6 +391,10 @@ class FileBackend:
     def last_change(self, table: str | None) -> int:
         """Number of the last change of a table, or of any."""
         return self._call(lambda backend, _: backend.last_change(table))
+
+    def news(self, kinds: Sequence[type[Record]], after: int) -> News:
+        """What was written since a change, inside a transaction."""
+        return self._now().news(kinds, after)
 
     def receipt(self, key: str) -> tuple[str, int, str] | None:
         """What was answered to a request before."""

@@ -23,7 +23,7 @@ from ..core.errors import DeniedError, InputError, MissingError, StateError
 from ..core.schema import Record
 from ..core.settings import cache_dir
 from .audit import AuditReport
-from .backend import Group
+from .backend import Group, News
 from .engine import Told
 from .wire import pack, raise_error, unpack
 
@@ -195,6 +195,12 @@ class RemoteBackend:
     def last_change(self, table: str | None) -> int:
         """Number of the last change of a table, or of any."""
         return int(self._call("last_change", table=table)[0]["seq"])
+
+    def news(self, kinds: Sequence[type[Record]], after: int) -> News:
+        """What was written since a change, inside a transaction."""
+        said = self._call("news", tables=[kind.table for kind in kinds], after=after)[0]
+        rows = None if said["rows"] is None else [(table, rows) for table, rows in said["rows"]]
+        return News(said["seq"], said["epoch"], rows)
 
     def receipt(self, key: str) -> tuple[str, int, str] | None:
         """What was answered to a request before."""

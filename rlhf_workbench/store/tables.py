@@ -21,7 +21,7 @@ import pyarrow as pa
 from ..core.errors import MissingError, StateError
 from ..core.schema import Record, columns
 from .audit import AuditReport
-from .backend import Backend, EngineBackend
+from .backend import Backend, EngineBackend, News
 from .bulk import complete_table, record_rows, revive
 from .encryption import harden
 from .engine import Engine, Told
@@ -180,6 +180,14 @@ class Store:
     ) -> int:  # 0: none yet
         """Sequence number of the last change; as long as it stays, nothing has changed."""
         return self.backend.last_change(kind.table if kind else None)
+
+    def news(
+        self,
+        kinds: Sequence[type[Record]],  # only of these
+        after: int,  # a sequence number that an earlier call gave
+    ) -> News:
+        """What was written since then, what this transaction wrote included; call it inside one."""
+        return self.backend.news(kinds, after)
 
     def watch(
         self,

@@ -176,7 +176,7 @@ def _give_up() -> None:
 # %% ../../nbs/store/14_wire.ipynb #6d18a823
 _TABLES = {kind.table: kind for kind in RECORDS}
 ALL_CALLS = (
-    *("append", "append_table", "select", "query", "counts", "verify", "audit_rows", "last_change"),
+    *("append", "append_table", "select", "query", "counts", "verify", "audit_rows", "last_change", "news"),
     *("receipt", "keep_receipt", "back_up", "begin", "commit", "rollback"),
 )
 
@@ -317,6 +317,14 @@ class Desk:
     def _receipt(self, head: dict[str, Any], table: Any, actor: str, caller: Caller) -> bytes:
         self._need(caller, "store:write")
         return pack({"receipt": self.backend.receipt(f"{actor}:{head['key']}")})
+
+    def _news(self, head: dict[str, Any], table: Any, actor: str, caller: Caller) -> bytes:
+        kinds = [self._kind(name) for name in head["tables"]]
+        for kind in kinds:
+            self._need(caller, f"{kind.table}:read")
+        if not self.backend.engine.is_inside:
+            raise InputError("news needs a transaction; begin one first")
+        return pack(asdict(self.backend.news(kinds, head["after"])))
 
     def _back_up(self, head: dict[str, Any], table: Any, actor: str, caller: Caller) -> bytes:
         if caller.actor is not None:
