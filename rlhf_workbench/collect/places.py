@@ -81,8 +81,6 @@ class OpenItems:
         item.labels[annotator_id] = label
         if item.is_done:
             del self.items[comparison_id]
-        elif label == "skip":
-            self._marks.clear()  # the place is free again for those who passed by
 
     def lease(self, lease_id: str, comparison_id: str, annotator_id: str) -> None:
         """Take in a lease."""
@@ -93,9 +91,8 @@ class OpenItems:
     def lapse(self, lease_id: str, comparison_id: str, annotator_id: str) -> None:
         """Forget a lease."""
         self.held.get(annotator_id, {}).pop(lease_id, None)
-        item = self.items.get(comparison_id)
-        if item and item.leases.pop(lease_id, None):
-            self._marks.clear()
+        if item := self.items.get(comparison_id):
+            item.leases.pop(lease_id, None)
 
     def first_for(
         self,
@@ -108,7 +105,7 @@ class OpenItems:
             item = self.items.get(self._order[position][2])
             if item and item.is_free_for(annotator_id):
                 return item
-            if is_behind and (item is None or annotator_id in item.labels):
+            if is_behind and (item is None or annotator_id in item.labels):  # for good: what is done stays done
                 self._marks[annotator_id] = position + 1
             else:
                 is_behind = False
