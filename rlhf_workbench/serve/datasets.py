@@ -8,25 +8,20 @@ Docs: https://OWNER.github.io/rlhf_workbench/serve/datasets.html.md"""
 __all__ = ['router', 'Layout', 'Freeze', 'freeze', 'export_rows', 'RunStory', 'read_run_story', 'read_lineage', 'read_card']
 
 # %% ../../nbs/serve/41_datasets.ipynb #ef767447
-import io
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from .pages import records_after
-
-from ..core.schema import Model, Preference, Run, RunEnd, Snapshot, columns
+from ..core.schema import Model, Preference, Run, RunEnd, Snapshot
 from ..core.settings import needs_extra
 from ..govern.evidence import model_card
+from .bulk import ARROW, LINES, WRITERS, portions
 from .web import Access, caller, routes
 from ..store.registry import RunResult, lineage, run_once
 from ..store.snapshots import freeze_snapshot
-from ..store.tables import Store
 
 with needs_extra("serve"):
     from fastapi import Query
     from pydantic import BaseModel, ConfigDict, Field
-    from pydantic_core import to_json
     from starlette.responses import PlainTextResponse, Response, StreamingResponse
 
 # %% ../../nbs/serve/41_datasets.ipynb #6c4de3fc
@@ -51,60 +46,12 @@ def freeze(body: Freeze, access: Annotated[Access, caller("snapshot:freeze")]) -
 
 # %% ../../nbs/serve/41_datasets.ipynb #d95f3653
 Layout = Literal["jsonl", "arrow"]
-_TYPES = {"jsonl": "application/jsonl", "arrow": "application/vnd.apache.arrow.stream"}
-_PIECE = 1000
-
-
-def _pieces(store: Store, snapshot_id: str) -> Iterator[list[Preference]]:
-    """The rows, some at a time."""
-    after = None
-    while rows := records_after(store, Preference, after, _PIECE, snapshot_id=snapshot_id):
-        yield rows
-        after = rows[-1].id
-
-
-def _lines(pieces: Iterator[list[Preference]]) -> Iterator[bytes]:
-    """One JSON object a line."""
-    for rows in pieces:
-        yield b"".join(to_json(row) + b"\n" for row in rows)
-
-
-def _batches(pieces: Iterator[list[Preference]]) -> Iterator[bytes]:
-    """A stream of Arrow; open-ended values are JSON text."""
-    import pyarrow as pa
-
-    types = {
-        "VARCHAR": pa.string(),
-        "DOUBLE": pa.float64(),
-        "JSON": pa.string(),
-        "TIMESTAMPTZ": pa.timestamp("us", "UTC"),
-    }
-    schema = pa.schema([(name, types[sql]) for name, sql in columns(Preference).items()])
-    buffer = io.BytesIO()
-    with pa.ipc.new_stream(buffer, schema) as stream:
-        for rows in pieces:
-            stream.write_batch(pa.RecordBatch.from_pylist([_flat(row) for row in rows], schema=schema))
-            yield _emptied(buffer)
-    yield _emptied(buffer)
-
-
-def _flat(row: Preference) -> dict[str, Any]:
-    """A row with its open-ended values as text."""
-    is_json = {name for name, sql in columns(Preference).items() if sql == "JSON"}
-    return {name: to_json(value).decode() if name in is_json else value for name, value in vars(row).items()}
-
-
-def _emptied(buffer: io.BytesIO) -> bytes:
-    """What was written since the last time."""
-    written = buffer.getvalue()
-    buffer.seek(0)
-    buffer.truncate()
-    return written
+_FORMS: dict[Layout, str] = {"jsonl": LINES, "arrow": ARROW}
 
 
 @router.get(
     "/snapshots/{snapshot_id}/rows",
-    responses={200: {"description": "The rows.", "content": {kind: {} for kind in _TYPES.values()}}},
+    responses={200: {"description": "The rows.", "content": {form: {} for form in WRITERS}}},
     response_class=StreamingResponse,
 )
 def export_rows(
@@ -114,8 +61,8 @@ def export_rows(
 ) -> Response:
     """Stream the rows of a snapshot."""
     access.store.get(Snapshot, snapshot_id)
-    write = _lines if layout == "jsonl" else _batches
-    return StreamingResponse(write(_pieces(access.store, snapshot_id)), media_type=_TYPES[layout])
+    rows = portions(access.store, Preference, snapshot_id=snapshot_id)
+    return StreamingResponse(WRITERS[_FORMS[layout]](Preference, rows), media_type=_FORMS[layout])
 
 # %% ../../nbs/serve/41_datasets.ipynb #04439ec9
 @dataclass(frozen=True)

@@ -17,13 +17,14 @@ from typing import Annotated, Any
 from ..core.errors import InputError
 from ..core.schema import utc_now
 from ..core.settings import needs_extra
-from ..govern.access import readable_tables
+from .bulk import ARROW
 from .pages import Window, window
 from .web import Access, caller, routes
 from ..store.audit import AuditReport
 from ..store.backup import Manifest, StoreInfo, store_info
 from ..store.query import check_query
 from ..store.tables import Store
+from ..store.wire import Caller, readable
 
 with needs_extra("serve"):
     import pyarrow as pa
@@ -34,7 +35,6 @@ with needs_extra("serve"):
 
 # %% ../../nbs/serve/45_inspection.ipynb #4d1b53cf
 router = routes("inspection")
-_ARROW = "application/vnd.apache.arrow.stream"
 
 
 class Question(BaseModel):
@@ -59,16 +59,9 @@ class Table:
     rows: list[list[Any]]
 
 
-def _may_name(access: Access) -> frozenset[str]:
-    """The tables and views that a query of this caller may name."""
-    tables = readable_tables(access.identity, access.project)
-    audit = {"audit"} if access.may("audit:read") else set()
-    return frozenset({"store_version", *tables, *(f"current_{table}" for table in tables), *audit})
-
-
 def _answer(access: Access, question: Question) -> pa.Table:
     """The result; raises `InputError`, or `DeniedError` for a table that the caller may not read."""
-    check_query(question.query, _may_name(access))
+    check_query(question.query, readable(Caller(access.identity.name, access.may)))
     backend = access.store.backend
     return backend.query(question.query, question.params, question.limit, question.timeout_s)
 
@@ -84,14 +77,14 @@ def ask_sql(body: Question, access: Annotated[Access, caller("sql:read")]) -> Ta
 @router.post(
     "/sql/arrow",
     response_class=Response,
-    responses={200: {"description": "The rows as a stream of Arrow.", "content": {_ARROW: {}}}},
+    responses={200: {"description": "The rows as a stream of Arrow.", "content": {ARROW: {}}}},
 )
 def ask_sql_for_arrow(body: Question, access: Annotated[Access, caller("sql:read")]) -> Response:
     """Ask with one SELECT; the rows come as a stream of Arrow."""
     found, sink = _answer(access, body), io.BytesIO()
     with pa.ipc.new_stream(sink, found.schema) as stream:
         stream.write_table(found)
-    return Response(sink.getvalue(), media_type=_ARROW)
+    return Response(sink.getvalue(), media_type=ARROW)
 
 # %% ../../nbs/serve/45_inspection.ipynb #cffcdaf3
 @router.get("/audit")

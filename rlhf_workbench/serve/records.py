@@ -54,7 +54,7 @@ from .pages import Window, records_after, window
 from .problems import problem
 from .receipts import reply
 from .shapes import ANNOTATED, example, field_type, one_or_many, shape
-from .web import PROJECT, Access, caller, routes
+from .web import PROBLEM_CONTENT, PROJECT, Access, caller, routes
 from ..store.bulk import LineErrors
 from ..store.tables import Store
 
@@ -176,14 +176,11 @@ def add_reading(
     read_one.__doc__ = f"One of the {name}, also when it was corrected since."
     router.get(f"/{name}", operation_id=f"list_{plain}", response_model=_page_shape(kind))(list_them)
     forms = {form: {"schema": {"type": "string", "format": "binary"}} for form in WRITERS}
-    unfit = {"description": "No form that is accepted is known here.", "content": _PROBLEM}
+    unfit = {"description": "No form that is accepted is known here.", "content": PROBLEM_CONTENT}
     answers: dict[int | str, dict[str, Any]] = {200: {"description": "The rows.", "content": forms}, 406: unfit}
     settings: dict[str, Any] = {"response_class": StreamingResponse, "responses": answers}
     router.get(f"/{name}/export", operation_id=f"export_{plain}", **settings)(export_them)
     router.get(f"/{name}/{{id}}", operation_id=f"read_{kind.table}", response_model=shape(kind))(read_one)
-
-
-_PROBLEM = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 
 
 def _describe(endpoint: Callable[..., Any], text: str, parameters: list[inspect.Parameter]) -> None:
