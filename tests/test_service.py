@@ -107,6 +107,10 @@ def test_a_whole_visit(tmp_path: Path) -> None:
         assert service.browser.get("/v1/projects").json() == {"pilot": "admin", "safety": "admin"}
         assert program.get("/v1/projects").json() == {"pilot": "researcher"}
         assert program.get("/v1/projects/safety/prompts").status_code == 404
+        assert "/v1/projects/{project}/prompts" in stranger.get("/docs").text
+        assert {path.split("/")[1] for path in stranger.get("/openapi.json").json()["paths"]} <= {
+            "v1", "docs", "openapi.json", "healthz", "readyz", "metrics"
+        }  # fmt: skip
         said = {"severity": "info", "title": "hello"}
         assert service.browser.post("/v1/projects/pilot/alerts/raise", json=said).status_code == 403  # no origin
         assert service.post("/v1/projects/pilot/alerts/raise", said).status_code == 201
@@ -256,6 +260,15 @@ def test_a_store_that_somebody_has_is_named(tmp_path: Path) -> None:
 def test_nobody_is_served_in_the_clear(place: dict[str, Any], cure: str) -> None:
     with pytest.raises(InputError, match=cure):
         check_place(Place(**place))
+
+
+def test_a_certificate_must_be_one(tmp_path: Path, certificate: tuple[str, str]) -> None:
+    (tmp_path / "text.pem").write_text("no certificate")
+    cert, key = map(Path, certificate)
+    check_place(Place(cert=cert, key=key))
+    for wrong in (Place(cert=tmp_path / "text.pem", key=key), Place(cert=cert, key=tmp_path / "text.pem")):
+        with pytest.raises(InputError, match="PEM form"):
+            check_place(wrong)
 
 
 def test_a_certificate_must_be_there(tmp_path: Path) -> None:

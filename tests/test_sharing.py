@@ -18,7 +18,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from rlhf_workbench.core.errors import InputError, MissingError, StateError
+from rlhf_workbench.core.errors import DeniedError, InputError, MissingError, StateError
 from rlhf_workbench.core.schema import Annotation, Model, Prompt, Run, utc_now
 from rlhf_workbench.store.owner import OwnerNote, owner_file, read_owner, write_owner
 from rlhf_workbench.store.remote import RemoteBackend
@@ -411,6 +411,26 @@ def test_strangers_at_the_door_learn_nothing(tmp_path: Path) -> None:
                 connection.close()
         assert store.counts() == {"prompt": 1}
         assert store.verify().is_intact
+
+
+def test_the_way_to_a_server_is_checked_at_once(tmp_path: Path) -> None:
+    with served(tmp_path / "s.duckdb") as (url, token):
+        for address in (url, f"{url}/", f"{url}/projects/s", f"{url}/v1/projects/s"):
+            assert connect(address, token=token).counts() == {"token": 1}
+        with pytest.raises(DeniedError, match="without a token; give token="):
+            connect(url)
+        for wrong in ("x", f"{token}x"):
+            with pytest.raises(DeniedError, match="knows no such token"):
+                connect(f"{url}/projects/s", token=wrong)
+        with pytest.raises(MissingError, match=r"this token may enter s; give http://.*/projects/<name>"):
+            connect(f"{url}/projects/other", token=token)
+
+
+def test_a_server_without_its_scheme_makes_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="write the address as http://host:port"):
+        connect("127.0.0.1:5006", token="secret")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_closed_store_says_so(tmp_path: Path) -> None:

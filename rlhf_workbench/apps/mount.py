@@ -47,7 +47,7 @@ def add_pages(
     with needs_extra("apps"):
         from panel.io.fastapi import add_applications
     _send_whole()
-    return add_applications(
+    made = add_applications(
         dict(pages),
         app=app,
         include_headers=[],
@@ -55,6 +55,10 @@ def add_pages(
         sign_sessions=True,
         secret_key=secrets.token_bytes(32),
     )
+    for route in app.routes:
+        if getattr(route, "path", None) in pages:  # for people, and so no part of the API's description
+            route.include_in_schema = False  # type: ignore[attr-defined]
+    return made
 
 # %% ../../nbs/apps/04_mount.ipynb #c0911c79
 def _send_whole() -> None:

@@ -50,6 +50,17 @@ def is_here(
         return host == "localhost"
 
 
+def _check_certificate(cert: Path, key: Path) -> None:
+    """Raise `InputError` when the two files are no certificate and its key."""
+    import ssl
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password="")
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError; a key with a password is a ValueError or one
+        said = f"{cert} and {key} are no certificate and its key without a password"
+        raise InputError(f"{said} ({error}); give two files in PEM form that belong together") from error
+
+
 def check_place(
     place: Place,
 ) -> None:
@@ -59,6 +70,8 @@ def check_place(
     for file in filter(None, (place.cert, place.key)):
         if not file.is_file():
             raise MissingError(f"there is no file {file}; check the path")
+    if place.cert and place.key:
+        _check_certificate(place.cert, place.key)
     is_sealed = place.cert is not None or place.is_behind_proxy
     if not is_here(place.host) and not is_sealed:
         raise InputError(

@@ -186,7 +186,7 @@ def compact(key_file: Path | None, store: Path, as_json: bool) -> None:
 def backup(folder: Path, with_files: bool, key_file: Path | None, store: Path, as_json: bool) -> None:
     """Copy the store as it is now into a new folder, and check the copy.
 
-    Example: rlhfw store backup backups/monday --files
+    Example: rlhfw store backup monday --files
     """
     from rlhf_workbench.store.backup import Manifest
     from rlhf_workbench.store.tables import connect
@@ -213,7 +213,7 @@ def _say_backup(as_json: bool, made: Any, text: str) -> None:
 def restore(folder: Path, key_file: Path | None, store: Path, as_json: bool) -> None:
     """Make the store that --store names from a backup; never over one that is there.
 
-    Example: rlhfw store restore backups/monday --store again.duckdb
+    Example: rlhfw store restore monday --store again.duckdb
     """
     from rlhf_workbench.store.backup import read_manifest
     from rlhf_workbench.store.backup import restore as bring_back

@@ -89,8 +89,13 @@ def rows_of(table: Any) -> list[dict[str, Any]]:
 
 
 def text_of(table: Any) -> str:
-    """A DataFrame as aligned columns."""
-    return "nothing yet" if table.empty else str(table.to_string(index=False))
+    """A DataFrame as aligned columns; what is missing stays empty."""
+    if table.empty:
+        return "nothing yet"
+    import pandas as pd
+
+    blank = [c if c.dtype.kind == "f" else c.astype(object).where(c.notna(), "") for _, c in table.items()]
+    return str(pd.concat(blank, axis=1).to_string(index=False, na_rep=""))
 
 
 def existing_file(path: Path) -> str:

@@ -178,6 +178,8 @@ def _translate(path: Path, said: str) -> WorkbenchError | None:
         return StateError(f"{path} was encrypted with another key; give the right one in RLHFW_STORE_KEY")
     if "file handle conflict" in said:
         return StateError(f"this process (PID {os.getpid()}) has {path} open; close it first")
+    if "not a valid DuckDB" in said or "Is a directory" in said:
+        return StateError(f"cannot open {path}: it is something else than a store; name a store's file")
     return None if "lock" in said else StateError(f"cannot open {path} as a store: {said}")
 
 

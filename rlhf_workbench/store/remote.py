@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 
@@ -259,20 +259,23 @@ def _read(status: int, body: bytes) -> tuple[dict[str, Any], Any]:
 
 # %% ../../nbs/store/15_remote.ipynb #4e8bd009
 def project_connection(
-    url: str,  # `http://host:port`, or `http://host:port/v1/projects/<name>`
+    url: str,  # `http://host:port`; with `/projects/<name>` when the token may enter several
     token: str,
 ) -> Connection:
     """The connection to the store that the address and the token mean; raises `MissingError` or `DeniedError`."""
-    if "/projects/" in urlsplit(url).path:
-        return Connection(f"{url.rstrip('/')}/store", token)
-    root = f"{url.rstrip('/')}/v1"
+    if not token:
+        raise DeniedError(f"{url} lets nobody in without a token; give token=…, `rlhfw token new` makes one")
+    start, _, wanted = url.rstrip("/").partition("/projects/")
+    root = f"{start.removesuffix('/v1')}/v1"
     try:
         status, body = Connection(root, token).send("projects", b"", "GET")
     except OwnerGone as error:
         raise StateError(f"{error}; check the address, and that `rlhfw serve` runs there") from error
     head, _ = _read(status, body)
-    names = sorted(head)
+    names = [name for name in sorted(head) if unquote(wanted) in ("", name)]
+    if not head:
+        raise DeniedError(f"{start} knows no such token, or it has ended; ask an admin for one (`rlhfw token new`)")
     if len(names) != 1:
-        known = f"it may enter {', '.join(names)}; add /v1/projects/<name> to the address" if names else "ask an admin"
-        raise MissingError(f"the token does not belong to one project of {url}: {known}")
+        known = f"this token may enter {', '.join(sorted(head))}; give {start}/projects/<name>"
+        raise MissingError(f"{url} does not name one project: {known}")
     return Connection(f"{root}/projects/{quote(names[0])}/store", token)

@@ -18,7 +18,7 @@ import duckdb
 import pandas as pd
 import pyarrow as pa
 
-from ..core.errors import MissingError, StateError
+from ..core.errors import InputError, MissingError, StateError
 from ..core.schema import Record, columns
 from .audit import AuditReport
 from .backend import Backend, EngineBackend, News
@@ -48,6 +48,10 @@ class Store:
     ):
         self.backend, self.actor, self.is_read_only = backend, actor, read_only
         self.path = backend.path  # None: in memory, or on another machine
+
+    def __repr__(self) -> str:
+        mode = ", read_only=True" if self.is_read_only else ""
+        return f"Store({str(self.path or 'in memory or on a server')!r}, actor={self.actor!r}{mode})"
 
     def __enter__(self) -> "Store":
         return self
@@ -234,6 +238,8 @@ def connect(
     """Open or join a store; raises `StateError` when it cannot be opened, `MissingError` when there is nothing to read."""
     if str(path).startswith(("http://", "https://")):
         return Store(RemoteBackend(project_connection(str(path), token or "")), actor, read_only=read_only)
+    if token is not None:
+        raise InputError(f"a token is for a server, and {path} is a file; write the address as http://host:port")
     if str(path) == ":memory:":
         return Store(EngineBackend(Engine(_in_memory)), actor)
     file = Path(path).absolute()
