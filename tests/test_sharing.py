@@ -377,6 +377,17 @@ def test_an_owner_that_hangs_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
             os.kill(first.pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize("key", ["", "another key of 16 bytes"])
+def test_who_joins_needs_the_right_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    import rlhf_workbench.store.owner as owner
+
+    monkeypatch.setenv("RLHFW_STORE_KEY", "the right key of this store")
+    with holder(tmp_path / "s.duckdb"):
+        monkeypatch.setenv("RLHFW_STORE_KEY", key)
+        with pytest.raises(StateError, match=r"this key does not open .*; set RLHFW_STORE_KEY"):
+            owner.own_or_join(tmp_path / "s.duckdb", patience_s=0.5)
+
+
 def test_strangers_at_the_door_learn_nothing(tmp_path: Path) -> None:
     import http.client
 

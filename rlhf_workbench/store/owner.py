@@ -300,6 +300,9 @@ def _who_is_in_the_way(path: Path, note: OwnerNote | None) -> str:
     """What to do about an owner that does not answer."""
     if note and note.is_alive:
         return f"process {note.pid} has {path} but does not answer; wait until it is done, or stop it"
+    if owner_file(path).exists():
+        keys = "set RLHFW_STORE_KEY or RLHFW_STORE_KEY_FILE to the store's key"
+        return f"another process has {path}, and this key does not open its note {owner_file(path).name}; {keys}"
     return f"another process has {path} and left no note in {owner_file(path).name}; wait until it ends, or stop it"
 
 # %% ../../nbs/store/16_owner.ipynb #c23626be
