@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from ..core.errors import InputError, StateError
-from ..core.schema import Alert, new_id, utc_now
+from ..core.schema import Alert, correction, utc_now
 from ..store.tables import Store
 
 # %% ../../nbs/govern/04_alerts.ipynb #219dfead
@@ -64,10 +64,8 @@ def _move(store: Store, alert_id: str, status: Literal["acknowledged", "resolved
         if old.status in ("resolved", status):
             by = old.metadata.get(old.status, {}).get("by", old.actor)
             raise StateError(f"alert {alert_id} was {old.status} by {by} already; nothing is left to do")
-        now = utc_now()
-        step = {status: {"by": actor, "at": now.isoformat(), "reason": reason.strip()}}
-        new = replace(old, id=new_id(), replaces=old.id, recorded_at=now, actor=actor, status=status)
-        new = replace(new, metadata=old.metadata | step)
+        step = {status: {"by": actor, "at": utc_now().isoformat(), "reason": reason.strip()}}
+        new = correction(old, actor=actor, status=status, metadata=old.metadata | step)
         store.append(new)
     return new
 

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from ..core.errors import InputError, StateError
-from ..core.schema import Delivery, new_id, utc_now
+from ..core.schema import Delivery, correction, new_id, utc_now
 from .alerts import raise_alert
 from .outbound import Answer, SendRules, post, retry_after_s, rules_from_environment
 from rlhf_workbench.govern.webhooks import (
@@ -138,8 +138,8 @@ def after_attempt(
         wait = None if is_last else retry_after_s(answer.retry_after, now)
         error += f", Retry-After {wait:g} s" if wait is not None else ""
         next_at = None if is_last else now + timedelta(seconds=wait or draw() * SCHEDULE_S[attempt - 1])
-    new = replace(old, id=new_id(), replaces=old.id, recorded_at=utc_now(), attempt=attempt, status=status)  # type: ignore[arg-type]
-    return replace(new, response_code=answer.code, error=error, next_at=next_at, seconds=answer.seconds)
+    got = {"response_code": answer.code, "error": error, "seconds": answer.seconds}
+    return correction(old, attempt=attempt, status=status, next_at=next_at, **got)
 
 # %% ../../nbs/govern/07_delivery.ipynb #6cfa3ee8
 _DUE = """
@@ -251,12 +251,15 @@ def replay(
         if since:
             only = {find_endpoint(store, webhook_id).id} if webhook_id else active
             chosen = [one for one in chosen if one.recorded_at >= since and one.webhook_id in only & active]
-        now = utc_now()
-        again = [
-            replace(one, id=new_id(), replaces=one.id, recorded_at=now, actor=store.actor, attempt=0, status="waiting")
-            for one in chosen
-        ]
-        again = [replace(one, response_code=None, error=None, next_at=None, seconds=0.0) for one in again]
+        fresh = {
+            "attempt": 0,
+            "status": "waiting",
+            "response_code": None,
+            "error": None,
+            "next_at": None,
+            "seconds": 0.0,
+        }
+        again = [correction(one, actor=store.actor, **fresh) for one in chosen]
         store.append(again)
     return again
 

@@ -13,13 +13,13 @@ import base64
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from itertools import pairwise
 from typing import Any
 
 from ..core.errors import InputError, MissingError, StateError
-from ..core.schema import PRIVATE, RECORDS, Delivery, Webhook, new_id, utc_now
+from ..core.schema import PRIVATE, RECORDS, Delivery, Webhook, correction, utc_now
 from ..core.settings import needs_extra
 from .outbound import SendRules, read_target, rules_from_environment
 from ..store.tables import Store
@@ -130,9 +130,7 @@ def _correct(store: Store, webhook_id: str, **changes: Any) -> Webhook:
         endpoint = find_endpoint(store, webhook_id)
         if not endpoint.is_active:
             raise StateError(f"webhook {endpoint.id} was revoked at {endpoint.revoked_at}; add a new one")
-        old = store.get(Webhook, endpoint.ids[0])
-        new = replace(old, id=new_id(), replaces=old.id, recorded_at=utc_now(), actor=store.actor)
-        new = replace(new, **changes)
+        new = correction(store.get(Webhook, endpoint.ids[0]), actor=store.actor, **changes)
         store.append(new)
     return new
 

@@ -40,11 +40,11 @@ def is_loopback(
     url: str,
 ) -> bool:
     """Whether an address leads to this very machine."""
-    host = urlsplit(url).hostname or ""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        host = urlsplit(url).hostname or ""
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return host == "localhost"
+        return False
 
 
 def check_issuer(

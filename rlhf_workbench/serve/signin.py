@@ -11,7 +11,6 @@ __all__ = ['page', 'SignInSettings', 'cookie_name', 'SignIn']
 import getpass
 import hashlib
 import html
-import ipaddress
 import logging
 import math
 import threading
@@ -24,7 +23,7 @@ from urllib.parse import quote, urlsplit
 from ..core.errors import DeniedError, InputError, WorkbenchError
 from ..core.settings import needs_extra
 from ..govern.access import Identity, member_identity
-from .guard import LOOPBACK, Guard, has_bearer, local_path, origin_of
+from .guard import LOOPBACK, Guard, has_bearer, is_from_here, local_path, origin_of
 from .limits import Throttle
 from .oidc import OidcSettings, Person, Provider, Question, is_loopback
 from .tickets import Tickets
@@ -115,18 +114,6 @@ def cookie_name(
 # %% ../../nbs/serve/13_signin.ipynb #f83e921d
 _log = logging.getLogger("rlhf_workbench.signin")
 _LINK_SPENT = "This link was used already, or its time is over. Start the server again: it prints a fresh one."
-
-
-def _is_here(request: Request) -> bool:
-    """Whether the browser runs on this very machine, with no proxy in between."""
-    if not request.client or not is_loopback(str(request.url)):
-        return False
-    if any(name in request.headers for name in ("forwarded", "x-forwarded-for", "x-real-ip", "via")):
-        return False
-    try:
-        return ipaddress.ip_address(request.client.host).is_loopback
-    except ValueError:
-        return False
 
 
 def _local_name() -> str:
@@ -241,7 +228,7 @@ class SignIn:
         person = self._links.take(token)  # before anything else: shown is spent
         if wait := self._must_wait(request):
             return wait
-        if not _is_here(request):
+        if not is_from_here(request):
             return page("Not from here", "This link works only on the machine that runs the server.", status=403)
         if person is None:
             return page("This link is spent", _LINK_SPENT, status=403)
