@@ -150,6 +150,7 @@ def submit(
     choice: Choice,
     *,
     annotator_id: str | None = None,  # who answers, when only their own lease will do
+    queue: str | None = None,  # when only one of this queue will do
     strength: float | None = None,  # 0 … 1, how much better
     reason: str | None = None,
     seconds: float | None = None,  # time on the task
@@ -163,7 +164,9 @@ def submit(
         raise InputError(f"strength must be between 0 and 1, got {strength}")
     now = utc_now()
     with store.transaction(is_brief=True):
-        lease, earlier = _standing(store, lease_id, annotator_id, now)
+        lease, earlier = _standing(store, lease_id, now)
+        if annotator_id not in (None, lease.annotator_id) or queue not in (None, lease.queue):
+            raise MissingError(f"there is no lease {lease_id}; it may be in another store than {store.path}")
         annotation = Annotation(
             comparison_id=lease.comparison_id,
             annotator_id=lease.annotator_id,
@@ -193,13 +196,11 @@ def _label(choice: Choice, is_swapped: bool) -> Label:
 
 
 def _standing(
-    store: Store, lease_id: str, annotator_id: str | None, now: datetime
+    store: Store, lease_id: str, now: datetime
 ) -> tuple[Lease | Held, str | None]:  # the lease, and the answer that this one corrects
     """A lease that may be answered: one that holds, that was answered before, or whose place nobody took."""
     places = places_of(store, now)
     lease = places.leases.get(lease_id) or store.get(Lease, lease_id)
-    if annotator_id not in (None, lease.annotator_id):
-        raise MissingError(f"{annotator_id} holds no lease {lease_id}; take a task first")
     if lease_id in places.leases:
         return lease, None
     if earlier := store.records(Annotation, lease_id=lease_id):

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
-from ..core.schema import Delivery, utc_now
+from ..core.schema import Delivery, Webhook, utc_now
 from .delivery import Send, attempt, due_deliveries, queue_events, sender
 from .webhooks import Endpoint, endpoints
 from ..store.engine import Told
@@ -105,6 +105,8 @@ class Dispatcher:
 
     def _look(self) -> None:
         """Queue what is new and hand out what is due."""
+        if not self._store.last_change(Webhook):
+            return  # nobody ever listened
         seen, self._seen = self._seen, queue_events(self._store, self._seen)
         if self._seen != seen:
             self._wake.set()

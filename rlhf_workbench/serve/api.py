@@ -148,12 +148,23 @@ def all_routers() -> list[APIRouter]:
     return [front, *own, record_routes()]
 
 
+_QUIET: Any = {"tracing": False, "metrics": False, "logs": False, "operation_spans": False, "auto_configure": False}
+
+
 def create_app(
     service: Service,
 ) -> Api:
     """The service as an application; pages and sign-in are added by `apps.main`."""
     version = metadata.version("rlhf_workbench")
-    app = Api(title=_TITLE, version=version, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app = Api(
+        title=_TITLE,
+        version=version,
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,
+        telemetry=_QUIET,
+    )
     app.state.service = service
     install_problems(app)
     for router in all_routers():

@@ -111,6 +111,8 @@ class Feed:
         while True:
             await self._bell.wait()
             self._bell.clear()
+            if not self._listeners:  # nobody to read for
+                self.seq = self.store.last_change()
             while changes := await asyncio.to_thread(read_changes, self.store, self.seq):
                 self.seq = changes[-1].seq
                 for listener in [one for one in self._listeners if not one.offer(changes)]:

@@ -157,5 +157,5 @@ def give_answer(queue: Queue, body: Answer, access: Annotated[Access, caller("qu
     """Answer a leased task; a second answer to it corrects the first."""
     whose = None if access.may("queue:manage") else access.identity.name
     extra = {"strength": body.strength, "reason": body.reason, "seconds": body.seconds}
-    made = submit(access.store, body.lease_id, body.choice, annotator_id=whose, **extra)  # type: ignore[arg-type]
+    made = submit(access.store, body.lease_id, body.choice, annotator_id=whose, queue=queue, **extra)  # type: ignore[arg-type]
     return Answered(made.id, body.lease_id, body.choice)

@@ -24,6 +24,7 @@ from ..core.errors import DeniedError, InputError, StateError
 from ..core.schema import Job, JobEnd
 from ..core.settings import needs_extra
 from .jobs import find_job, parse_parameters, read_job, run_job
+from ..store.engine import Told
 from ..store.tables import Store
 
 # %% ../../nbs/serve/07_worker.ipynb #601610e5
@@ -177,7 +178,7 @@ class Worker:
         """Begin with what waits."""
         with needs_extra("jobs"):
             import papermill  # noqa: F401  (better said now than in the first job)
-        self._unwatch = self.store.watch(lambda _: self._bell.set())  # a job counts when it is committed
+        self._unwatch = self.store.watch(self._notice)
         self._threads = [threading.Thread(target=self._work, name=f"job-{i}") for i in range(self.at_once)]
         for thread in self._threads:
             thread.start()
@@ -234,6 +235,11 @@ class Worker:
             self._end(JobEnd(job_id=job_id, status="cancelled", actor=actor, error="cancelled before it began"))
         elif running.child:
             end_tree(running.child.pid)
+
+    def _notice(self, told: Told) -> None:
+        """A job counts when it is committed."""
+        if any(table in (Job.table, JobEnd.table) for table, _, _ in told):
+            self._bell.set()
 
     def _work(self) -> None:
         """Take one job after the other."""
