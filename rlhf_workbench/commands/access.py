@@ -8,18 +8,16 @@ Docs: https://OWNER.github.io/rlhf_workbench/commands/access.html.md"""
 __all__ = ['token', 'new', 'list_tokens', 'revoke_one', 'member', 'invite_one', 'list_members', 'revoke_person']
 
 # %% ../../nbs/commands/06_access.ipynb #1fa8ab2f
-import getpass
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from .verbs import Verbs, existing_file, rows_of, say, shared, text_of
+from .verbs import WHO, Verbs, rows_of, say, shared, text_of, to_change
 from ..core.schema import Role
 
 # %% ../../nbs/commands/06_access.ipynb #4d416229
-_WHO = click.option("--as", "actor", default=getpass.getuser, help="Who does it; default: who is signed in.")
 _ROLE = click.option("--role", type=click.Choice(get_args(Role)), required=True, help="What may be done.")
 _DAYS = click.option("--days", type=click.FloatRange(0, 10_000, min_open=True), help="Until it ends; default: never.")
 
@@ -38,7 +36,7 @@ def token() -> None:
 @_ROLE
 @click.option("--scope", "scopes", multiple=True, metavar="PERMISSION", help="Only this, such as prompt:write; repeat.")
 @_DAYS
-@_WHO
+@WHO
 def new(
     name: str, role: Any, scopes: tuple[str, ...], days: float | None, actor: str, store: Path, as_json: bool
 ) -> None:
@@ -47,10 +45,8 @@ def new(
     Example: rlhfw token new nightly --role service --scope prompt:write --scope prompt:read --days 90
     """
     from rlhf_workbench.govern.access import make_token
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         made, secret = make_token(opened, name, role, scopes=scopes, lifetime_s=days and days * 86_400)
     facts = {"id": made.id, "name": name, "role": role, "scopes": made.scopes, "expires_at": made.expires_at}
     end = f"until {made.expires_at:%Y-%m-%d %H:%M} UTC" if made.expires_at else "until it is revoked"
@@ -83,17 +79,15 @@ def list_tokens(store: Path, as_json: bool) -> None:
 @token.verb("Tokens", "revoke")
 @shared
 @click.argument("token_id", metavar="ID")
-@_WHO
+@WHO
 def revoke_one(token_id: str, actor: str, store: Path, as_json: bool) -> None:
     """End a token at once.
 
     Example: rlhfw token revoke ID
     """
     from rlhf_workbench.govern.access import revoke_token
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         gone = revoke_token(opened, token_id)
     facts = {"id": token_id, "name": gone.name, "revoked_at": gone.revoked_at}
     say(as_json, facts, f"token {token_id} ({gone.name}) is revoked")
@@ -113,17 +107,15 @@ def member() -> None:
 @_ROLE
 @click.option("--issuer", default="", help="The provider's address; default: whichever is configured.")
 @click.option("--name", default="", help="How they are called in the records; default: as they are invited.")
-@_WHO
+@WHO
 def invite_one(who: str, role: Any, issuer: str, name: str, actor: str, store: Path, as_json: bool) -> None:
     """Invite a person by e-mail address or by the provider's name for them.
 
     Example: rlhfw member invite ada@example.org --role reviewer
     """
     from rlhf_workbench.govern.access import invite
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         made = invite(opened, who, role, issuer, name)
     say(as_json, asdict(made), f"member {made.id}: {made.subject} is {role} from now on")
 
@@ -143,17 +135,15 @@ def list_members(store: Path, as_json: bool) -> None:
 @member.verb("Members", "revoke")
 @shared
 @click.argument("member_id", metavar="ID")
-@_WHO
+@WHO
 def revoke_person(member_id: str, actor: str, store: Path, as_json: bool) -> None:
     """Let a person in no longer; open pages end at once.
 
     Example: rlhfw member revoke ID
     """
     from rlhf_workbench.govern.access import revoke_member
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         gone = revoke_member(opened, member_id)
     facts = {"id": member_id, "subject": gone.subject, "revoked_at": gone.revoked_at}
     say(as_json, facts, f"member {member_id} ({gone.subject}) is revoked")

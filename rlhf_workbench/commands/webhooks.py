@@ -9,7 +9,6 @@ __all__ = ['webhook', 'add', 'list_webhooks', 'rotate', 'revoke', 'log', 'replay
            'resolve']
 
 # %% ../../nbs/commands/05_webhooks.ipynb #f959f113
-import getpass
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import click
 
-from .verbs import Verbs, existing_file, rows_of, say, shared, text_of
+from .verbs import WHO, Verbs, rows_of, say, shared, text_of, to_change
 
 # %% ../../nbs/commands/05_webhooks.ipynb #7c664425
 @click.group(cls=Verbs)
@@ -28,7 +27,6 @@ def webhook() -> None:
     """
 
 
-_WHO = click.option("--as", "actor", default=getpass.getuser, help="Who does it; default: who is signed in.")
 _KEEP = "keep the secret now, it is not shown again"
 
 
@@ -43,17 +41,15 @@ def _show_secret(made: Any, name: str, as_json: bool, said: str) -> None:
 @click.argument("url")
 @click.option("--event", "events", multiple=True, help="Such as alert.created; may be repeated. Default: all.")
 @click.option("--description", default="", help="What it is for.")
-@_WHO
+@WHO
 def add(url: str, events: tuple[str, ...], description: str, actor: str, store: Path, as_json: bool) -> None:
     """Tell an address from now on, and print its secret once.
 
     Example: rlhfw webhook add https://hooks.example.org/rlhf --event alert.created
     """
     from rlhf_workbench.govern.webhooks import add_webhook
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         made = add_webhook(opened, url, events, description=description)
     _show_secret(made, made.id, as_json, f"is told of {', '.join(events) or 'everything'}")
 
@@ -84,17 +80,15 @@ def list_webhooks(store: Path, as_json: bool) -> None:
 @webhook.verb("Webhooks")
 @shared
 @click.argument("webhook_id", metavar="WEBHOOK")
-@_WHO
+@WHO
 def rotate(webhook_id: str, actor: str, store: Path, as_json: bool) -> None:
     """Give it a new secret; the old one signs too for another day.
 
     Example: rlhfw webhook rotate WEBHOOK
     """
     from rlhf_workbench.govern.webhooks import find_endpoint, rotate_secret
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         made = rotate_secret(opened, webhook_id)
         name = find_endpoint(opened, made.id).id
     _show_secret(made, name, as_json, "has a new secret; the old one is good for another 24 hours")
@@ -103,17 +97,15 @@ def rotate(webhook_id: str, actor: str, store: Path, as_json: bool) -> None:
 @webhook.verb("Webhooks")
 @shared
 @click.argument("webhook_id", metavar="WEBHOOK")
-@_WHO
+@WHO
 def revoke(webhook_id: str, actor: str, store: Path, as_json: bool) -> None:
     """Never tell it anything again.
 
     Example: rlhfw webhook revoke WEBHOOK
     """
     from rlhf_workbench.govern.webhooks import revoke_webhook
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         revoked_at = revoke_webhook(opened, webhook_id).revoked_at
     say(as_json, {"id": webhook_id, "revoked_at": revoked_at}, f"webhook {webhook_id} is revoked")
 
@@ -161,7 +153,7 @@ def log(
 @_WHEN
 @click.option("--webhook", "webhook_id", help="Only of this one.")
 @click.option("--delivered", is_flag=True, help="With --since: also what was delivered.")
-@_WHO
+@WHO
 def replay(
     delivery: str | None,
     since: datetime | None,
@@ -176,10 +168,8 @@ def replay(
     Example: rlhfw webhook replay --since 2026-11-20
     """
     from rlhf_workbench.govern.delivery import replay as queue_again
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         again = queue_again(opened, delivery, since=_utc(since), webhook_id=webhook_id, also_delivered=delivered)
     facts = {"queued": [one.id for one in again]}
     say(as_json, facts, f"{len(again)} deliveries wait again; `rlhfw serve` sends them")
@@ -188,17 +178,15 @@ def replay(
 @webhook.verb("Webhooks")
 @shared
 @click.argument("webhook_id", metavar="WEBHOOK")
-@_WHO
+@WHO
 def test(webhook_id: str, actor: str, store: Path, as_json: bool) -> None:
     """Send a test message now; exit code 1 when it was not taken.
 
     Example: rlhfw webhook test WEBHOOK
     """
     from rlhf_workbench.govern.delivery import send_test
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         sent = send_test(opened, webhook_id)
     facts = {"id": sent.id, "status": sent.status, "response_code": sent.response_code, "error": sent.error}
     say(as_json, facts, f"not taken: {sent.error}" if sent.error else f"taken with HTTP {sent.response_code}")
@@ -240,17 +228,15 @@ def list_alerts(also_resolved: bool, store: Path, as_json: bool) -> None:
 @shared
 @click.argument("alert_id", metavar="ALERT")
 @click.option("--reason", default="", help="What you are about to do.")
-@_WHO
+@WHO
 def ack(alert_id: str, reason: str, actor: str, store: Path, as_json: bool) -> None:
     """Say that you are on it.
 
     Example: rlhfw alert ack ALERT
     """
     from rlhf_workbench.govern.alerts import acknowledge
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         moved = acknowledge(opened, alert_id, actor=actor, reason=reason)
     say(as_json, {"id": moved.id, "status": moved.status}, f"alert {alert_id} is {moved.status} by {actor}")
 
@@ -259,16 +245,14 @@ def ack(alert_id: str, reason: str, actor: str, store: Path, as_json: bool) -> N
 @shared
 @click.argument("alert_id", metavar="ALERT")
 @click.option("--reason", required=True, help="Why it is over, in words.")
-@_WHO
+@WHO
 def resolve(alert_id: str, reason: str, actor: str, store: Path, as_json: bool) -> None:
     """Say that it is over.
 
     Example: rlhfw alert resolve ALERT --reason "the new topics are wanted"
     """
     from rlhf_workbench.govern.alerts import resolve as end
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         moved = end(opened, alert_id, actor=actor, reason=reason)
     say(as_json, {"id": moved.id, "status": moved.status}, f"alert {alert_id} is {moved.status} by {actor}")
