@@ -2,6 +2,7 @@
 
 import base64
 import json
+import random
 import re
 import threading
 import zlib
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 pytest.importorskip("panel", reason="needs the extra apps: pip install 'rlhf_workbench[apps]'")
@@ -22,6 +24,7 @@ from rlhf_workbench.apps.annotate import LabelSession, annotate_view, label_widg
 from rlhf_workbench.apps.main import build_app
 from rlhf_workbench.apps.mount import Visits
 from rlhf_workbench.apps.overview import (
+    TILES,
     calibration_text,
     drift_plot,
     drift_text,
@@ -38,7 +41,22 @@ from rlhf_workbench.apps.overview import (
 from rlhf_workbench.apps.portal import StoreWatch, draw_parts, overview_page
 from rlhf_workbench.collect.queue import add_items, next_task, submit
 from rlhf_workbench.core.errors import StateError
-from rlhf_workbench.core.schema import Annotation, Comparison, Generation, Lease, Model, Prompt, Proposal, Run, RunEnd
+from rlhf_workbench.core.schema import (
+    RECORDS,
+    Annotation,
+    Comparison,
+    Consensus,
+    DriftEvent,
+    Generation,
+    Lease,
+    Model,
+    Prompt,
+    Proposal,
+    Record,
+    Run,
+    RunEnd,
+    Snapshot,
+)
 from rlhf_workbench.govern.access import invite
 from rlhf_workbench.govern.approval import decide
 from rlhf_workbench.serve.callers import Service
@@ -88,6 +106,61 @@ def test_corrected_votes_count_once_and_decided_proposals_do_not_wait() -> None:
         view = read_overview(store)
         assert view.counts["annotation"] == 1
         assert view.waiting["id"].tolist() == [other.id]
+
+
+def by_head(store: Store, table: str) -> pd.DataFrame:
+    """The current rows of a table, without the truth that stands beside the votes."""
+    rows = store.sql(f"SELECT * FROM {table}")
+    rows = rows[~rows["id"].isin(rows["replaces"].dropna())]
+    return rows if table != "annotation" else rows[~rows["queue"].fillna("").str.endswith("/truth")]
+
+
+def some_records(draw: random.Random, store: Store) -> list[Record]:
+    """A few of everything that has a tile, some of them corrections, written by one of the runs."""
+    runs = store.sql("SELECT id FROM run")["id"].tolist()
+
+    def one(kind: type[Record], /, **values: Any) -> Record:
+        old = store.sql(f"SELECT id FROM {kind.table}")["id"].tolist()
+        corrects = draw.choice(old) if old and draw.random() < 0.4 else None
+        return kind(replaces=corrects, run_id=draw.choice([None, *runs]), **values)
+
+    pick = draw.choice
+    return [
+        one(Prompt, text="x", topic=pick(["a", "b", None])),
+        one(Generation, prompt_id="p", text="x", model=pick("mn")),
+        one(Comparison, prompt_id="p", first_id="f", second_id="s", dataset=pick("de")),
+        *(
+            one(
+                Annotation, comparison_id="c", annotator_id=pick("uvw"), label="tie", queue=pick([None, "q", "q/truth"])
+            )
+            for _ in range(draw.randint(1, 4))
+        ),
+        one(Consensus, comparison_id="c", method=pick("gh"), p_first=1, p_second=0, label="first", n_votes=1),
+        one(Snapshot, name=pick("kl"), content_hash="", n_rows=1),
+        one(Model, name="m", kind=pick(["reward", "policy"])),
+        one(DriftEvent, stream="s", detector="d", index=0, is_confirmed=draw.random() < 0.5),
+        *(one(Run, kind=pick(["train", "watch"]), key="k", seed=0) for _ in range(draw.randint(0, 2))),
+    ]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_page_shows_what_counting_by_head_gives(seed: int) -> None:
+    draw = random.Random(seed)
+    with connect(":memory:") as store:
+        for _ in range(4):
+            store.append(some_records(draw, store))
+            view = read_overview(store, last=3)
+            current = {kind.table: by_head(store, kind.table) for kind in RECORDS}
+            assert view.counts == {table: len(rows) for table, rows in current.items() if len(rows)}
+            assert list(view.counts) == [kind.table for kind in RECORDS if kind.table in view.counts]
+            for table, (_, column, _) in TILES.items():
+                values = current[table][column]
+                expected = int(values.sum()) if table == "drift_event" else values.nunique()
+                assert view.details.get(table, 0) == expected, table
+            assert view.runs["run_id"].tolist() == sorted(current["run"]["id"], reverse=True)[:3]
+            for run_id, rows in zip(view.runs["run_id"], view.runs["rows"], strict=True):
+                written = [store.sql(f"SELECT run_id FROM {k.table}")["run_id"] for k in RECORDS if k is not Run]
+                assert rows == sum((ids == run_id).sum() for ids in written)
 
 
 def test_an_unfinished_run_is_shown_as_such() -> None:

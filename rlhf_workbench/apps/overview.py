@@ -21,11 +21,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ..core.schema import RECORDS, utc_now
+from ..core.schema import RECORDS, Annotation, DriftEvent, Record, utc_now
 from ..core.settings import needs_extra
 from ..govern.approval import proposal_table
 from ..store.registry import run_table
 from ..store.tables import Store
+from ..store.tally import Groups, tally
 
 # %% ../../nbs/apps/00_overview.ipynb #1782494b
 @dataclass(frozen=True, eq=False)
@@ -44,19 +45,34 @@ class Overview:
     notice: str = ""  # why this is not what is in the store now
 
 
-TILES = {  # table → label, and what is counted under it: SQL, in the singular
-    "prompt": ("Prompts", "count(DISTINCT topic)", "topic"),
-    "generation": ("Answers", "count(DISTINCT model)", "source"),
-    "comparison": ("Comparisons", "count(DISTINCT dataset)", "data set"),
-    "annotation": ("Votes", "count(DISTINCT annotator_id)", "annotator"),
-    "consensus": ("Consensus", "count(DISTINCT method)", "method"),
-    "snapshot": ("Snapshots", "count(DISTINCT name)", "name"),
-    "run": ("Runs", "count(DISTINCT kind)", "step"),
-    "model": ("Models", "count(DISTINCT kind)", "kind"),
-    "drift_event": ("Alarms", "count_if(is_confirmed)", "confirmed"),
+TILES = {  # table → label, the column whose values are counted under it, and their word in the singular
+    "prompt": ("Prompts", "topic", "topic"),
+    "generation": ("Answers", "model", "source"),
+    "comparison": ("Comparisons", "dataset", "data set"),
+    "annotation": ("Votes", "annotator_id", "annotator"),
+    "consensus": ("Consensus", "method", "method"),
+    "snapshot": ("Snapshots", "name", "name"),
+    "run": ("Runs", "kind", "step"),
+    "model": ("Models", "kind", "kind"),
+    "drift_event": ("Alarms", "is_confirmed", "confirmed"),
 }
-# The known truth of a simulation or a publisher stands beside the votes; it is nobody's vote.
-_VOTES = "current_annotation WHERE queue IS NULL OR NOT ends_with(queue, '/truth')"
+_BY: dict[type[Record], tuple[str, ...]] = {k: TILES[k.table][1:2] if k.table in TILES else () for k in RECORDS}
+_BY[Annotation] = ("queue", "annotator_id", "label")  # as `collect.queue` and `serve.metrics` count them too
+
+
+def _tile(kind: type[Record], groups: Groups) -> tuple[int, int]:
+    """The number of rows, and the number under it."""
+    if (
+        kind is Annotation
+    ):  # the known truth of a simulation or a publisher stands beside the votes; it is nobody's vote
+        groups = {values: n for values, n in groups.items() if not (values[0] or "").endswith("/truth")}
+    rows = sum(groups.values())
+    if kind.table not in TILES:
+        return rows, 0
+    place = _BY[kind].index(TILES[kind.table][1])
+    if kind is DriftEvent:
+        return rows, sum(n for values, n in groups.items() if values[place])
+    return rows, len({values[place] for values in groups} - {None})
 
 
 def read_overview(
@@ -64,19 +80,14 @@ def read_overview(
     last: int = 12,  # runs to show
 ) -> Overview:
     """Read what the page shows."""
-    counts = [(k.table, TILES.get(k.table, ("", "0", ""))[1]) for k in RECORDS]
-    query = " UNION ALL ".join(
-        f"SELECT '{t}' AS name, count(*) AS n, {d} AS detail FROM {_VOTES if t == 'annotation' else f'current_{t}'}"
-        for t, d in counts
-    )
-    found = store.sql(query).set_index("name").query("n > 0").astype(int)
+    tiles = {kind.table: _tile(kind, groups) for kind, groups in tally(store, _BY).items()}
     runs = store.sql("SELECT id FROM current_run ORDER BY id DESC LIMIT ?", [last])["id"].tolist()
     proposals = proposal_table(store)
     return Overview(
         path=str(store.path or ":memory:"),
         read_at=utc_now(),
-        counts=dict(zip(found.index, found["n"], strict=True)),
-        details=dict(zip(found.index, found["detail"], strict=True)),
+        counts={table: n for table, (n, _) in tiles.items() if n},
+        details={table: detail for table, (n, detail) in tiles.items() if n},
         runs=run_table(store, runs),
         models=_models(store),
         waiting=proposals[proposals["state"] == "waiting"],

@@ -15,9 +15,11 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..core.errors import WorkbenchError
+from ..core.schema import Annotation, Delivery, QueueItem, Record
 from ..core.settings import needs_extra
 from ..store.owner import FileBackend
 from ..store.tables import Store
+from ..store.tally import tally
 
 with needs_extra("serve"):
     from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -57,12 +59,11 @@ _STATES = """
 SELECT coalesce(e.status, 'unfinished') AS state, count(*) AS n
 FROM current_job j LEFT JOIN current_job_end e ON e.job_id = j.id GROUP BY ALL
 """
-_ANSWERS = """
-SELECT (SELECT coalesce(sum(overlap), 0) FROM current_queue_item) AS wanted,
-       (SELECT count(*) FROM current_annotation WHERE label <> 'skip'
-        AND queue IN (SELECT queue FROM current_queue_item)) AS given
-"""
-_DELIVERIES = "SELECT status AS state, count(*) AS n FROM current_delivery GROUP BY status"
+_COUNTED: dict[type[Record], tuple[str, ...]] = {
+    Delivery: ("status",),
+    QueueItem: ("queue", "overlap"),
+    Annotation: ("queue", "annotator_id", "label"),
+}
 
 
 def store_figures(
@@ -72,16 +73,19 @@ def store_figures(
     for table, rows in store.counts().items():
         yield "rows", {"table": table}, rows
     yield "last_change", {}, store.last_change(None)
-    for name, query in (("jobs", _STATES), ("deliveries", _DELIVERIES)):
-        for state, n in store.sql(query).itertuples(index=False):
-            yield name, {"state": str(state)}, int(n)
+    for state, n in store.sql(_STATES).itertuples(index=False):
+        yield "jobs", {"state": str(state)}, int(n)
+    found = tally(store, _COUNTED)
+    for (state,), n in found[Delivery].items():
+        yield "deliveries", {"state": state}, n
     owner = store.backend.owner if isinstance(store.backend, FileBackend) else None
     if owner:
         yield "changes_written", {}, owner.engine.n_writes
         yield "commits", {}, owner.engine.n_commits
-    answers = store.sql(_ANSWERS).iloc[0]
-    yield "queue_answers", {"state": "wanted"}, int(answers["wanted"])
-    yield "queue_answers", {"state": "given"}, int(answers["given"])
+    queues = {queue for queue, _ in found[QueueItem]}
+    answers = [n for (queue, _, label), n in found[Annotation].items() if queue in queues and label != "skip"]
+    yield "queue_answers", {"state": "wanted"}, sum(overlap * n for (_, overlap), n in found[QueueItem].items())
+    yield "queue_answers", {"state": "given"}, sum(answers)
 
 # %% ../../nbs/serve/09_metrics.ipynb #32b90bfd
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}

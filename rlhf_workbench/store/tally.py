@@ -21,39 +21,48 @@ from .tables import QUERY_S, Store
 
 # %% ../../nbs/store/03b_tally.ipynb #0e658fee
 _NEW = "audit_seq > $after AND audit_seq <= $upto"
+_EXTENT = """
+SELECT min(id) AS first, max(id) AS last, min(replaces) AS first_gone, max(replaces) AS last_gone
+FROM {table} WHERE {new}
+"""
 _WRITTEN = """
 SELECT {by} sum(n)::BIGINT AS n FROM (
     SELECT {by} count(*) AS n FROM {table} WHERE {new} GROUP BY ALL
-    UNION ALL SELECT {by} -count(*) AS n FROM {table} WHERE {new} AND id IN (
-        SELECT replaces FROM {table} WHERE replaces IS NOT NULL AND audit_seq <= $upto) GROUP BY ALL
+    UNION ALL SELECT {by} -count(*) AS n FROM {table} WHERE {new}
+        AND id IN (SELECT replaces FROM {table} WHERE {span} AND audit_seq <= $upto) GROUP BY ALL
 ) GROUP BY ALL
 """
-_CORRECTIONS = "SELECT count(replaces) AS n FROM {table} WHERE {new}"
 _HIDDEN = """
-SELECT {by} -count(*) AS n FROM {table} WHERE audit_seq <= $after
-    AND id IN (SELECT replaces FROM {table} WHERE {new} AND replaces IS NOT NULL)
-    AND id NOT IN (SELECT replaces FROM {table} WHERE audit_seq <= $after AND replaces IS NOT NULL) GROUP BY ALL
+SELECT {by} -count(*) AS n FROM {table} WHERE audit_seq <= $after AND id BETWEEN $first AND $last
+    AND id IN (SELECT replaces FROM {table} WHERE {new} AND {span})
+    AND id NOT IN (SELECT replaces FROM {table} WHERE audit_seq <= $after AND {span}) GROUP BY ALL
 """
+_WITHIN, _ANY = "replaces BETWEEN $first AND $last", "replaces IS NOT NULL"
 Groups = Mapping[tuple[Any, ...], int]  # values of the columns → current rows, only where there are any
+
+
+def _ask(store: Store, query: str, **params: Any) -> list[dict[str, Any]]:
+    """The rows of a query, however many there are."""
+    rows: list[dict[str, Any]] = store.backend.query(query, params, None, QUERY_S).to_pylist()
+    return rows
 
 
 def _read_change(
     store: Store, kind: type[Record], by: Sequence[str], after: int, upto: int
 ) -> Counter[tuple[Any, ...]]:
     """By how much the groups grew or shrank through the changes after one and up to another."""
-    names = "".join(f'"{name}", ' for name in by)
+    words = {"by": "".join(f'"{name}", ' for name in by), "table": kind.table, "new": _NEW}
+    new: dict[str, Any] = {"after": after, "upto": upto}
+    if after == 0:
+        answers = _ask(store, _WRITTEN.format(**words, span=_ANY), **new)
+    else:
+        words["span"] = _WITHIN
+        extent = _ask(store, _EXTENT.format(**words), **new)[0]
+        answers = _ask(store, _WRITTEN.format(**words), **new, first=extent["first"], last=extent["last"])
+        if extent["first_gone"]:
+            gone = {"first": extent["first_gone"], "last": extent["last_gone"]}
+            answers += _ask(store, _HIDDEN.format(**words), **new, **gone)
     found: Counter[tuple[Any, ...]] = Counter()
-
-    def rows(query: str) -> list[dict[str, Any]]:
-        text = query.format(by=names, table=kind.table, new=_NEW)
-        known = {"after": after, "upto": upto}
-        return store.backend.query(
-            text, {name: known[name] for name in known if f"${name}" in text}, None, QUERY_S
-        ).to_pylist()
-
-    answers = rows(_WRITTEN)
-    if after and rows(_CORRECTIONS)[0]["n"]:
-        answers += rows(_HIDDEN)
     for row in answers:
         found[tuple(row[name] for name in by)] += row["n"]
     return found
@@ -81,10 +90,10 @@ UNION ALL SELECT NULL, seq, hash FROM audit WHERE seq >= $low AND list_contains(
 def _read_changes(store: Store, kept: Mapping[_Key, _Kept]) -> tuple[int, str, dict[str, int], set[tuple[int, str]]]:
     """Number and hash of the last change, the last change of each table since, and which of the marks still stand."""
     marks = sorted({entry.seq for entry in kept.values()})
-    rows = store.backend.query(_SINCE, {"low": marks[0], "marks": marks}, None, QUERY_S).to_pylist()
-    last = max(rows, key=lambda row: row["seq"], default={"seq": 0, "hash": ""})
+    rows = _ask(store, _SINCE, low=marks[0], marks=marks)
+    seq, digest = max([(0, ""), *((row["seq"], row["hash"]) for row in rows)])
     tables = {row["table_name"]: row["seq"] for row in rows if row["table_name"]}
-    return last["seq"], last["hash"], tables, {(row["seq"], row["hash"]) for row in rows if not row["table_name"]}
+    return seq, digest, tables, {(row["seq"], row["hash"]) for row in rows if not row["table_name"]}
 
 # %% ../../nbs/store/03b_tally.ipynb #753e6b02
 def tally(
