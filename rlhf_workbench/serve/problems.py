@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
-from ..core.errors import DeniedError, InputError, MissingError, StateError, WorkbenchError
+from ..core.errors import WorkbenchError
 from ..core.settings import needs_extra
+from ..store.wire import STATUS
 
 with needs_extra("serve"):
     from fastapi.exceptions import RequestValidationError
@@ -47,14 +48,11 @@ def problem(
     return Response(to_json(body, inf_nan_mode="null"), status, kept, media_type="application/problem+json")
 
 # %% ../../nbs/serve/20_problems.ipynb #d3339993
-_STATUS: dict[type[WorkbenchError], int] = {InputError: 422, MissingError: 404, DeniedError: 403, StateError: 409}
-
-
 def status_of(
     error: WorkbenchError,
 ) -> int:  # of HTTP
     """The status that says what kind of error this is."""
-    return next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+    return next((status for kind, status in STATUS.items() if isinstance(error, kind)), 500)
 
 # %% ../../nbs/serve/20_problems.ipynb #43f25a09
 _TAGS = {"one", "many"}  # names of the alternatives of a body, of no interest to a client
