@@ -6,7 +6,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/cli.html.md"""
 
 # %% auto #0
 __all__ = ['app', 'demo', 'run', 'jobs', 'model', 'import_preferences', 'export_preferences', 'info', 'sql', 'proposals',
-           'approve', 'reject', 'audit', 'verify', 'main']
+           'approve', 'reject', 'main']
 
 # %% ../nbs/cli.ipynb #ffbae0a7
 import getpass
@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from .commands.access import member, token
+from .commands.audit import audit
 from .commands.doctor import doctor
 from .commands.plugins import plugins
 from .commands.serve import serve
@@ -294,14 +295,6 @@ app.add_command(serve)
 app.sections["Look"] = ["serve"]
 
 
-@click.group(cls=Verbs)
-def audit() -> None:
-    """Prove that nobody changed what happened.
-
-    Example: rlhfw audit verify
-    """
-
-
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]
 
@@ -316,24 +309,6 @@ app.sections["Tell"] = ["webhook", "alert"]
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
-
-
-@audit.verb("Trust")
-@shared
-def verify(store: Path, as_json: bool) -> None:
-    """Check every change since the beginning; exit code 1 when one was tampered with.
-
-    Example: rlhfw audit verify
-    """
-    from rlhf_workbench.store.tables import connect
-
-    with connect(store, read_only=True) as opened:
-        report = opened.verify()
-    good = f"{report.n_changes} changes are intact; head {report.head}"
-    facts = asdict(report) | {"is_intact": report.is_intact}
-    say(as_json, facts, good if report.is_intact else f"change {report.broken_seq}: {report.problem}")
-    if not report.is_intact:
-        raise click.exceptions.Exit(1)
 
 # %% ../nbs/cli.ipynb #413ed5c4
 def main(
