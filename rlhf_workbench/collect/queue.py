@@ -31,6 +31,7 @@ from rlhf_workbench.core.schema import (
     utc_now,
 )
 from ..store.tables import Store
+from ..store.tally import tally
 
 # %% ../../nbs/collect/03_queue.ipynb #14b713d1
 def add_items(
@@ -225,11 +226,9 @@ class QueueProgress:
 
 def queue_progress(store: Store, queue: str) -> QueueProgress:
     """Answers wanted and given."""
-    items, wanted = store.sql(_WANTED, [queue]).iloc[0]
-    given, annotators = store.sql(_GIVEN, [queue]).iloc[0]
-    return QueueProgress(int(items), int(wanted), int(given), int(annotators))
-
-
-_WANTED = "SELECT count(*) AS items, coalesce(sum(overlap), 0) AS wanted FROM current_queue_item WHERE queue = ?"
-_GIVEN = """SELECT count(*) FILTER (label <> 'skip') AS given, count(DISTINCT annotator_id) AS annotators
-FROM current_annotation WHERE queue = ?"""
+    found = tally(store, {QueueItem: ("queue", "overlap"), Annotation: ("queue", "annotator_id", "label")})
+    items = {overlap: n for (name, overlap), n in found[QueueItem].items() if name == queue}
+    answers = {(who, label): n for (name, who, label), n in found[Annotation].items() if name == queue}
+    wanted = sum(overlap * n for overlap, n in items.items())
+    given = sum(n for (_, label), n in answers.items() if label != "skip")
+    return QueueProgress(sum(items.values()), wanted, given, len({who for who, _ in answers}))

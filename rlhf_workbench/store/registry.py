@@ -105,7 +105,7 @@ def run_table(
     """One line a run."""
     runs = store.frame(Run, **({} if run_ids is None else {"id": list(run_ids)})).set_index("id")
     ends = store.frame(RunEnd, run_id=runs.index.tolist()).drop_duplicates("run_id", keep="last").set_index("run_id")
-    rows = _rows_written(store, runs.index.tolist())
+    rows = _rows_written(store, run_ids)
     table = pd.DataFrame({"step": runs["kind"], "status": ends["status"].reindex(runs.index).fillna("unfinished")})
     table["rows"] = [rows.get(run_id, 0) for run_id in runs.index]
     table["key_figure"] = [_key_figure(f) for f in ends["figures"].reindex(runs.index)]
@@ -115,17 +115,15 @@ def run_table(
     return table.reindex(list(run_ids) if run_ids is not None else runs.index).rename_axis("run_id").reset_index()
 
 
-def _rows_written(store: Store, run_ids: Sequence[str]) -> dict[str, int]:
+def _rows_written(store: Store, run_ids: Sequence[str] | None) -> dict[str, int]:
     """Run id → rows that it wrote, the run's own records left out; maybe also of other runs of that time."""
-    if not run_ids:
+    if run_ids is not None and not run_ids:
         return {}
-    parts = [
-        f"SELECT run_id FROM {kind.table} WHERE run_id BETWEEN $first AND $last"  # lets the database pass over the rest
-        for kind in RECORDS
-        if kind not in (Run, RunEnd)
-    ]
+    # between the first and the last: ids begin with their time, and the database passes over all the rest
+    wanted = "BETWEEN $first AND $last" if run_ids else "IS NOT NULL"
+    parts = [f"SELECT run_id FROM {kind.table} WHERE run_id {wanted}" for kind in RECORDS if kind not in (Run, RunEnd)]
     query = f"SELECT run_id, count(*) AS n FROM ({' UNION ALL '.join(parts)}) GROUP BY run_id"
-    table = store.sql(query, {"first": min(run_ids), "last": max(run_ids)})
+    table = store.sql(query, {"first": min(run_ids), "last": max(run_ids)} if run_ids else {})
     return dict(zip(table["run_id"], table["n"].astype(int), strict=True))
 
 
