@@ -12,7 +12,8 @@ demo: $(VENV)/.installed
 	$(BIN)/rlhfw demo
 
 test: $(VENV)/.installed-dev lint notebooks docs
-	timeout 1200 $(BIN)/pytest
+	timeout 200 $(BIN)/pytest -q tests/test_light.py  # measures, so nothing runs beside it
+	timeout 1200 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/test_light.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check nbs tests setup.py
