@@ -302,7 +302,9 @@ def write_rows(
         needed = "needs a key to be sealed" if key is None else f"is to be sealed; name it {path.name}{SEALED}"
         raise InputError(f"{path} {needed}")
     if path.exists() and not overwrite:
-        raise StateError(f"{path} exists; choose another name, or overwrite it on purpose (overwrite=True)")
+        raise StateError(
+            f"{path} exists; choose another name, or overwrite it on purpose (overwrite=True, or --overwrite)"
+        )
     if not path.parent.is_dir():
         raise MissingError(f"there is no folder {path.parent}; make it first")
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
