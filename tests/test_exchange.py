@@ -341,7 +341,7 @@ def test_an_export_is_whole_or_absent(store: Store, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl"]
     assert export_dataset(store, "a", out, format="openai", allow_loss=True) == 2
     before = out.read_bytes()
-    with pytest.raises(StateError, match="exists; choose another name.*--overwrite"):
+    with pytest.raises(StateError, match=r"exists; choose another name.*--overwrite"):
         export_dataset(store, "a", out)
     with pytest.raises(InputError, match="row 2 cannot be written"):
         export_dataset(store, "a", out, format="hh-rlhf", overwrite=True)
