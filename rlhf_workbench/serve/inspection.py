@@ -9,6 +9,7 @@ __all__ = ['router', 'Question', 'Table', 'ask_sql', 'ask_sql_for_arrow', 'list_
            'Backup', 'back_up_store']
 
 # %% ../../nbs/serve/45_inspection.ipynb #bfb2f22e
+import hashlib
 import io
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,7 +22,7 @@ from .bulk import ARROW
 from .pages import Window, window
 from .web import Access, caller, routes
 from ..store.audit import AuditReport
-from ..store.backup import Manifest, StoreInfo, store_info
+from ..store.backup import Manifest, StoreInfo, read_manifest, store_info
 from ..store.query import check_query
 from ..store.tables import Store
 from ..store.wire import Caller, readable
@@ -128,13 +129,15 @@ class Backup:
     manifest: Manifest
 
 
-def _back_up(store: Store) -> Backup:
-    """Copy the store as it is now."""
-    name = f"{utc_now():%Y%m%d-%H%M%S-%f}"
-    return Backup(name, Manifest(**store.back_up(store.files("backups") / name)))
+def _back_up(store: Store, key: str | None) -> Backup:
+    """Copy the store as it is now; the same key names the same copy."""
+    name = f"{utc_now():%Y%m%d-%H%M%S-%f}" if key is None else hashlib.sha256(key.encode()).hexdigest()[:20]
+    folder = store.files("backups") / name
+    is_there = key is not None and folder.is_dir()
+    return Backup(name, read_manifest(folder) if is_there else Manifest(**store.back_up(folder)))
 
 
 @router.post("/store/backup", status_code=201)
 async def back_up_store(access: Annotated[Access, caller("store:backup")]) -> Backup:
     """Make a backup beside the store while others work on."""
-    return await run_in_threadpool(_back_up, access.store)
+    return await run_in_threadpool(_back_up, access.store, access.idempotency_key())

@@ -58,7 +58,7 @@ class Access:
         """Raise `DeniedError` when a further permission is not there."""
         require(self.identity, permission, self.project)
 
-    def _receipt_key(self) -> str | None:
+    def idempotency_key(self) -> str | None:
         """The client's key, made unique for this identity and route."""
         given = self.request.headers.get("idempotency-key")
         who = self.identity.token_id or f"person {self.identity.name}"
@@ -76,7 +76,7 @@ class Access:
         status: int = 200,  # of the answer, unless it is a Response
     ) -> Response:
         """Do something, or answer as before when this very request was answered already."""
-        key = self._receipt_key()
+        key = self.idempotency_key()
         if key is None:
             return reply(act(), status)
         fingerprint, store = self._fingerprint(), self.store

@@ -151,7 +151,7 @@ class Engine:
     @contextmanager
     def own_reader(self) -> Iterator[duckdb.DuckDBPyConnection]:
         """A connection that nobody uses afterwards."""
-        with self._turn_taken():  # nothing half done
+        with contextlib.nullcontext() if self.is_inside else self._turn_taken():  # nothing half done
             cursor = self._con.cursor()
         try:
             yield cursor

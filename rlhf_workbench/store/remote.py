@@ -106,6 +106,8 @@ class RemoteBackend:
 
     def _call(self, call: str, rows: pa.Table | None = None, /, **head: Any) -> tuple[dict[str, Any], Any]:
         """Ask, and raise what the other side raised; a broken connection is tried once more."""
+        if self._closed.is_set():
+            raise StateError(f"the store at {self.connection.base} is closed; connect again")
         transaction = getattr(self._local, "transaction", None)
         head |= {"transaction": transaction} if transaction else {}
         try:
