@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pandas as pd
@@ -247,6 +247,26 @@ def test_receipts_stand_or_fall_with_what_they_are_for(store: Store) -> None:
         store.append(Prompt(text="a"))
         store.keep_receipt("k", "f", 201, '{"id": 1}')
     assert store.receipt("k") == ("f", 201, '{"id": 1}')
+
+
+def test_receipts_are_forgotten_after_a_day_and_their_keys_may_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import rlhf_workbench.store.engine as engine
+
+    with connect(tmp_path / "s.duckdb") as store:
+        with monkeypatch.context() as past:
+            past.setattr(engine, "utc_now", lambda: utc_now() - timedelta(hours=25))
+            with store.transaction():
+                store.keep_receipt("k", "old", 200, "{}")
+                store.keep_receipt("l", "old", 200, "{}")
+        assert store.receipt("k") is None
+        with store.transaction():
+            store.keep_receipt("k", "new", 201, "{}")
+        assert store.receipt("k") == ("new", 201, "{}")
+        held = store.backend.owner.engine  # type: ignore[attr-defined]
+        held.drop_old_receipts()
+        assert held.read("SELECT key FROM receipt").to_pylist() == [{"key": "k"}]
 
 
 # One owner

@@ -273,15 +273,16 @@ class Engine:
 
     def _insert(self, table: str, rows: Rows | pa.Table) -> None:
         """Arrow for many rows; plain values for a few, where registering a table costs more than the rows."""
+        insert = "INSERT OR REPLACE" if table == "receipt" else "INSERT"  # a key may come again after its day
         if isinstance(rows, pa.Table):
             self._con.register("incoming", rows)
-            self._con.execute(f"INSERT INTO {table} BY NAME SELECT * FROM incoming")
+            self._con.execute(f"{insert} INTO {table} BY NAME SELECT * FROM incoming")
             self._con.unregister("incoming")
             return
         n = len(next(iter(rows.values())))
         names, place = ", ".join(f'"{name}"' for name in rows), f"({', '.join('?' * len(rows))})"
         flat = [value for row in zip(*rows.values(), strict=True) for value in row]
-        self._con.execute(f"INSERT INTO {table} ({names}) VALUES {', '.join([place] * n)}", flat)
+        self._con.execute(f"{insert} INTO {table} ({names}) VALUES {', '.join([place] * n)}", flat)
 
     def _commit(self) -> None:
         """Make the group durable and wake its members."""

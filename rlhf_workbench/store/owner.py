@@ -10,6 +10,7 @@ __all__ = ['T', 'OwnerNote', 'owner_file', 'read_owner', 'write_owner', 'Ownersh
 # %% ../../nbs/store/20_owner.ipynb #9428d255
 import contextlib
 import hmac
+import itertools
 import json
 import os
 import secrets
@@ -171,6 +172,7 @@ class _Door(ThreadingHTTPServer):
 _OWNED: dict[Path, "Ownership"] = {}
 _OWNED_LOCK = threading.RLock()
 _NOTE_S = 1.0
+_FORGET_BEATS = 3600
 
 
 class Ownership:
@@ -206,8 +208,13 @@ class Ownership:
         threading.Thread(target=self._keep_note, daemon=True, name="rlhfw-note").start()
 
     def _keep_note(self) -> None:
-        """Write the note again when it is gone."""
-        while not self._stop.wait(_NOTE_S):
+        """Write the note again when it is gone; once an hour, forget old receipts."""
+        for beat in itertools.count():
+            if self._stop.wait(_NOTE_S):
+                return
+            if beat % _FORGET_BEATS == 0:
+                with contextlib.suppress(StateError):
+                    self.engine.drop_old_receipts()
             with contextlib.suppress(OSError):
                 if not owner_file(self.path).exists() and not self._stop.is_set():
                     write_owner(self.path, self.note, self._key)
