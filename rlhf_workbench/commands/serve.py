@@ -99,7 +99,8 @@ def own_store(
 ) -> "Store":
     """The store, open and ours; raises `StateError` when another process has it."""
     from rlhf_workbench.store.encryption import find_key
-    from rlhf_workbench.store.owner import FileBackend, read_owner
+    from rlhf_workbench.store.handover import FileBackend
+    from rlhf_workbench.store.owner import read_owner
     from rlhf_workbench.store.tables import connect
 
     store = connect(path)

@@ -15,7 +15,7 @@ from ..core.errors import StateError
 from ..core.settings import needs_extra
 from .web import Access, caller, routes
 from ..store.backend import EngineBackend
-from ..store.owner import FileBackend
+from ..store.handover import FileBackend
 from ..store.tables import Store
 from ..store.wire import ALL_CALLS, Caller, Desk
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from ..core.errors import WorkbenchError
 from ..core.schema import Annotation, Delivery, QueueItem, Record
 from ..core.settings import needs_extra
-from ..store.owner import FileBackend
+from ..store.handover import FileBackend
 from ..store.tables import Store
 from ..store.tally import tally
 

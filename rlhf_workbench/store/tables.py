@@ -25,8 +25,8 @@ from .backend import Backend, EngineBackend, News
 from .bulk import complete_table, record_rows, revive
 from .encryption import harden
 from .engine import Engine, Told
+from .handover import FileBackend
 from .migrations import prepare
-from .owner import FileBackend
 from .query import as_frame
 from .remote import RemoteBackend, project_connection
 
