@@ -21,10 +21,11 @@ from rlhf_workbench.core.errors import InputError, MissingError, StateError
 from rlhf_workbench.core.schema import Annotation, Prompt
 from rlhf_workbench.core.sealing import new_key
 from rlhf_workbench.store.audit import verify
-from rlhf_workbench.store.backup import Manifest, backup, check_backup, read_manifest, restore, store_info
+from rlhf_workbench.store.backup import Manifest, backup, check_backup, read_manifest, restore
 from rlhf_workbench.store.copying import copy_database, read_contents
 from rlhf_workbench.store.encryption import is_encrypted, open_cursor, open_database
 from rlhf_workbench.store.handover import FileBackend
+from rlhf_workbench.store.inventory import store_info
 from rlhf_workbench.store.rewrite import compact, encrypt_store
 from rlhf_workbench.store.tables import connect
 

@@ -9,7 +9,7 @@ __all__ = ['queues_html', 'label_page', 'Pages', 'build_app']
 
 # %% ../../nbs/apps/03_main.ipynb #4ac9f88d
 import html
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 from .annotate import annotate_view
@@ -26,11 +26,9 @@ from ..serve.signin import SignIn
 from ..store.tables import Store
 
 with needs_extra("serve"):
-    from starlette.responses import Response
-
-if TYPE_CHECKING:
     from fastapi import FastAPI
     from starlette.requests import HTTPConnection
+    from starlette.responses import Response
 
 # %% ../../nbs/apps/03_main.ipynb #05d94e34
 def queues_html(

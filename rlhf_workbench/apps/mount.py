@@ -12,13 +12,13 @@ import asyncio
 import contextvars
 import secrets
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import DeniedError, StateError
 from ..core.settings import needs_extra
 from ..govern.access import Identity
 
-if TYPE_CHECKING:
+with needs_extra("serve"):
     from bokeh_fastapi import BokehFastAPI
     from fastapi import FastAPI
     from starlette.requests import HTTPConnection

@@ -16,16 +16,12 @@ import webbrowser
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .verbs import FILE, say
 from ..core.errors import InputError, MissingError, StateError
-
-if TYPE_CHECKING:
-    from rlhf_workbench.serve.signin import SignInSettings
-    from rlhf_workbench.store.tables import Store
 
 # %% ../../nbs/commands/04_serve.ipynb #89cc1e87
 @dataclass(frozen=True)
@@ -96,7 +92,7 @@ def project_names(
 
 def own_store(
     path: Path,
-) -> "Store":
+) -> Any:  # a Store
     """The store, open and ours; raises `StateError` when another process has it."""
     from rlhf_workbench.store.encryption import find_key
     from rlhf_workbench.store.handover import FileBackend
@@ -116,13 +112,13 @@ def own_store(
 @contextlib.contextmanager
 def open_projects(
     paths: Sequence[Path],
-) -> Iterator[dict[str, "Store"]]:  # by project
+) -> Iterator[dict[str, Any]]:  # by project
     """The stores, open and ours; raises `StateError` when another process has one."""
     with contextlib.ExitStack() as stack:
         yield {name: stack.enter_context(own_store(path)) for name, path in project_names(paths).items()}
 
 # %% ../../nbs/commands/04_serve.ipynb #e6b544af
-def _settings(place: Place) -> "SignInSettings":
+def _settings(place: Place) -> Any:
     """How people sign in here."""
     from rlhf_workbench.serve.guard import LOOPBACK
     from rlhf_workbench.serve.oidc import read_oidc_settings
@@ -133,7 +129,7 @@ def _settings(place: Place) -> "SignInSettings":
 
 
 def run_service(
-    projects: dict[str, "Store"],
+    projects: dict[str, Any],
     place: Place,
     *,
     open_browser: bool = False,

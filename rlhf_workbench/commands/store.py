@@ -153,7 +153,7 @@ def info(store: Path, as_json: bool) -> None:
 
     Example: rlhfw store info
     """
-    from rlhf_workbench.store.backup import store_info
+    from rlhf_workbench.store.inventory import store_info
     from rlhf_workbench.store.tables import connect
 
     with connect(store, read_only=True) as opened:

@@ -13,14 +13,11 @@ import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
 from ..core.errors import InputError
-
-if TYPE_CHECKING:
-    from rlhf_workbench.store.tables import Store
 
 # %% ../../nbs/commands/00_verbs.ipynb #e2acba4f
 class Verbs(click.Group):
@@ -113,7 +110,7 @@ def existing_file(path: Path) -> str:
 def to_change(
     store: Path,
     actor: str,  # recorded with every change
-) -> "Store":
+) -> Any:  # a Store
     """A store that is there, open; raises `InputError` when it is not: to change a new, empty one is a slip."""
     from rlhf_workbench.store.tables import connect
 

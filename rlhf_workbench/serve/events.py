@@ -13,7 +13,7 @@ import contextlib
 import json
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from ..core.errors import MissingError, StateError
 from ..core.settings import needs_extra
@@ -26,8 +26,6 @@ with needs_extra("serve"):
     from fastapi import Header, Query
     from starlette.exceptions import HTTPException
     from starlette.responses import Response, StreamingResponse
-
-if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
 # %% ../../nbs/serve/04_events.ipynb #0c4d06ae

@@ -11,7 +11,7 @@ __all__ = ['LOOPBACK', 'COOKIE', 'local_path', 'origin_of', 'has_bearer', 'has_s
 # %% ../../nbs/serve/12_guard.ipynb #4c270f4f
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 from ..core.settings import needs_extra
@@ -22,10 +22,8 @@ with needs_extra("serve"):
     from starlette.concurrency import run_in_threadpool
     from starlette.requests import HTTPConnection
     from starlette.responses import RedirectResponse, Response
-    from starlette.websockets import WebSocketClose
-
-if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from starlette.websockets import WebSocketClose
 
 # %% ../../nbs/serve/12_guard.ipynb #ad38aac9
 _LOCAL = re.compile(r"/(?:[^/\\\x00-\x20\x7f-\x9f][^\\\x00-\x20\x7f-\x9f]{0,2000})?")

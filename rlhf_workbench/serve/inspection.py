@@ -22,7 +22,8 @@ from .bulk import ARROW
 from .pages import Window, window
 from .web import Access, caller, routes
 from ..store.audit import AuditReport
-from ..store.backup import Manifest, StoreInfo, read_manifest, store_info
+from ..store.backup import Manifest, read_manifest
+from ..store.inventory import StoreInfo, store_info
 from ..store.query import check_query
 from ..store.tables import Store
 from ..store.wire import Caller, readable

@@ -16,15 +16,13 @@ import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl, quote
 
 from ..core.settings import needs_extra
 
 with needs_extra("serve"):
     from starlette.exceptions import HTTPException
-
-if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # %% ../../nbs/serve/21_limits.ipynb #244fb32f

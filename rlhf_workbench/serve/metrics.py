@@ -12,7 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import WorkbenchError
 from ..core.schema import Annotation, Delivery, QueueItem, Record
@@ -24,8 +24,6 @@ from ..store.tally import tally
 with needs_extra("serve"):
     from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
     from prometheus_client.core import GaugeMetricFamily
-
-if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 # %% ../../nbs/serve/05_metrics.ipynb #ad688085

@@ -13,21 +13,19 @@ import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import WorkbenchError
 from ..core.settings import needs_extra
 from ..store.wire import STATUS
 
 with needs_extra("serve"):
+    from fastapi import FastAPI
     from fastapi.exceptions import RequestValidationError
     from pydantic_core import to_json
     from starlette.exceptions import HTTPException
-    from starlette.responses import Response
-
-if TYPE_CHECKING:
-    from fastapi import FastAPI
     from starlette.requests import Request
+    from starlette.responses import Response
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 # %% ../../nbs/serve/20_problems.ipynb #5d1eb53b

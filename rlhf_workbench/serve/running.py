@@ -16,7 +16,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core.errors import StateError
 from ..core.settings import needs_extra
@@ -28,8 +28,6 @@ from .worker import Worker
 
 with needs_extra("serve"):
     import uvicorn
-
-if TYPE_CHECKING:
     from fastapi import FastAPI
 
 # %% ../../nbs/serve/47_running.ipynb #b0322aeb

@@ -17,7 +17,7 @@ import threading
 from base64 import b64encode
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 from urllib.parse import quote, urlsplit
 
 from ..core.errors import DeniedError, InputError, WorkbenchError
@@ -33,8 +33,6 @@ with needs_extra("serve"):
     from fastapi import APIRouter
     from starlette.requests import HTTPConnection, Request
     from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
-
-if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
 # %% ../../nbs/serve/13_signin.ipynb #ad4c953d
