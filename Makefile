@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
+# Tests that measure, or use both cores by themselves.
+ALONE := tests/test_light.py tests/test_generate.py tests/test_loop.py
 
 .PHONY: demo test lint notebooks docs lab serve clean
 
@@ -12,8 +14,8 @@ demo: $(VENV)/.installed
 	$(BIN)/rlhfw demo
 
 test: $(VENV)/.installed-dev lint notebooks docs
-	timeout 200 $(BIN)/pytest -q tests/test_light.py  # measures, so nothing runs beside it
-	timeout 1200 $(BIN)/pytest -n 2 --dist loadfile --ignore tests/test_light.py
+	timeout 900 $(BIN)/pytest $(ALONE)
+	timeout 1200 $(BIN)/pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check nbs tests setup.py

@@ -17,7 +17,7 @@ from rlhf_workbench.store.tables import Store, connect
 # The definition: items without an answer or skip of this person, and with fewer answers and others' leases than wanted.
 FREE = """
 WITH answers AS (
-    SELECT comparison_id, count(*) FILTER (label <> 'skip') AS n, bool_or(annotator_id = $who) AS is_mine
+    SELECT comparison_id, count(DISTINCT annotator_id) FILTER (label <> 'skip') AS n, bool_or(annotator_id = $who) AS is_mine
     FROM current_annotation WHERE queue = $queue GROUP BY comparison_id),
 leased AS (
     SELECT comparison_id, count(DISTINCT annotator_id) AS n FROM current_lease
@@ -111,3 +111,16 @@ def test_what_another_handle_wrote_is_seen(tmp_path: Any) -> None:
         third = queue.next_task(one, "q", "cleo")
         assert third
         assert third.comparison_id == first.comparison_id
+
+
+def test_two_answers_of_one_person_take_one_place() -> None:
+    with connect(":memory:") as store:
+        (pair,) = new_pairs(store, 1)
+        queue.add_items(store, "q", [pair], overlap=2)
+        for label in ("first", "tie", "skip"):
+            store.append(Annotation(comparison_id=pair, annotator_id="ada", label=label, queue="q"))
+            check(store, utc_now())
+        task = queue.next_task(store, "q", "ben")
+        assert task
+        queue.submit(store, task.lease_id, "tie")
+        assert queue.next_task(store, "q", "cleo") is None

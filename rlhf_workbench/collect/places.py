@@ -78,7 +78,8 @@ class OpenItems:
         if item is None:
             return
         item.leases.pop(lease_id or "", None)
-        item.labels[annotator_id] = label
+        if label != "skip" or annotator_id not in item.labels:  # an answer counts, also beside a skip
+            item.labels[annotator_id] = label
         if item.is_done:
             del self.items[comparison_id]
 
@@ -113,7 +114,7 @@ class OpenItems:
 
 # %% ../../nbs/collect/03_places.ipynb #4de26710
 _ITEMS = """
-WITH given AS (SELECT queue, comparison_id, count(*) FILTER (label <> 'skip') AS n FROM current_annotation
+WITH given AS (SELECT queue, comparison_id, count(DISTINCT annotator_id) FILTER (label <> 'skip') AS n FROM current_annotation
                WHERE queue IS NOT NULL GROUP BY ALL),
 item AS (SELECT queue, id, comparison_id, overlap, priority, row_number() OVER (PARTITION BY queue ORDER BY id) AS place,
                 count(*) OVER (PARTITION BY queue) AS n_items FROM current_queue_item)

@@ -11,6 +11,8 @@ __all__ = ['KEY_FILE', 'store_group', 'need_key', 'new_key_verb', 'encrypt', 'ro
 # %% ../../nbs/commands/03_store.ipynb #8df15617
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -192,11 +194,23 @@ def backup(folder: Path, with_files: bool, key_file: Path | None, store: Path, a
     from rlhf_workbench.store.tables import connect
 
     existing_file(store)
-    if key_file:
-        os.environ |= {"RLHFW_STORE_KEY": "", "RLHFW_STORE_KEY_FILE": str(key_file.resolve())}
-    with connect(store) as opened:
+    with _key_from(key_file), connect(store) as opened:
         made = Manifest(**opened.back_up(folder, with_files=with_files))
     _say_backup(as_json, made, f"{made.n_changes} changes are in {folder}; head {made.head}")
+
+
+@contextmanager
+def _key_from(key_file: Path | None) -> Iterator[None]:
+    """Let the store be opened with the key of a file, as if the environment named it."""
+    before = {name: os.environ.get(name) for name in ("RLHFW_STORE_KEY", "RLHFW_STORE_KEY_FILE")}
+    if key_file:
+        os.environ |= {"RLHFW_STORE_KEY": "", "RLHFW_STORE_KEY_FILE": str(key_file.resolve())}
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ |= {name: value} if value is not None else {}
 
 
 def _say_backup(as_json: bool, made: Any, text: str) -> None:
