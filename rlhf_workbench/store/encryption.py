@@ -96,9 +96,7 @@ def find_key(
 
 # %% ../../nbs/store/30_encryption.ipynb #794093be
 # No other files, no variables of the program; and many small statements, for which a second thread costs more than it brings.
-_ALONE = (
-    "SET TimeZone = 'UTC'; SET enable_external_access = false; SET python_enable_replacements = false; SET threads = 1"
-)
+_ALONE = "SET TimeZone = 'UTC'; SET enable_external_access = false; SET python_enable_replacements = false; SET threads = 1; SET enable_progress_bar = false"
 
 
 def harden(
