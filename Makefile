@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
 # Tests that measure, or use both cores by themselves.
-ALONE := tests/test_light.py tests/test_generate.py tests/test_loop.py
+ALONE := tests/test_light.py tests/test_generate.py tests/test_loop.py tests/test_survival.py
 
 .PHONY: demo test lint notebooks docs lab serve clean
 
