@@ -356,6 +356,30 @@ def test_a_transaction_does_not_outlive_its_owner(tmp_path: Path) -> None:
         assert store.counts() == {"prompt": 1}
 
 
+MIDWAY = """
+import sys
+from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store.tables import connect
+with connect(sys.argv[1]) as store, store.transaction():
+    store.append(Prompt(text="half"))
+    print("midway", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.timeout(25)  # less than the silence after which any transaction is given up
+def test_a_client_killed_in_a_transaction_keeps_nobody_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    with connect(path) as store:
+        client = subprocess.Popen([sys.executable, "-c", MIDWAY, str(path)], stdin=-1, stdout=-1, text=True)
+        assert client.stdout
+        assert client.stdout.readline() == "midway\n"
+        client.kill()
+        client.communicate()
+        store.append(Prompt(text="whole"))
+        assert [p.text for p in store.records(Prompt)] == ["whole"]
+
+
 def test_a_stale_note_misleads_nobody(tmp_path: Path) -> None:
     path = tmp_path / "s.duckdb"
     connect(path).close()

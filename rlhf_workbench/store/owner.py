@@ -32,7 +32,7 @@ from .engine import Engine
 from .migrations import prepare
 from .remote import Connection, OwnerGone, RemoteBackend
 from .rewrite import clear_leftovers
-from .wire import Desk
+from .wire import Caller, Desk
 
 # %% ../../nbs/store/20_owner.ipynb #7bbca23b
 @dataclass(frozen=True)
@@ -113,7 +113,13 @@ class _Handler(BaseHTTPRequestHandler):
         if len(body) < int(length):
             self.close_connection = True
             return None
-        return self._reply(*self.server.desk.answer(self.path.strip("/"), body))
+        return self._reply(*self.server.desk.answer(self.path.strip("/"), body, Caller(line=self)))
+
+    def finish(self) -> None:
+        """The connection ended."""
+        self.server.desk.hang_up(self)
+        with contextlib.suppress(OSError):
+            super().finish()
 
     def _reply(self, status: int, body: bytes) -> None:
         """Send an answer; a connection that was refused is not used again."""

@@ -110,6 +110,7 @@ class _Transaction(threading.Thread):
     def __init__(self, backend: EngineBackend, actor: str, silence_s: float):
         super().__init__(daemon=True, name="rlhfw-transaction")
         self.id, self.actor, self._backend, self._silence_s = new_id(), actor, backend, silence_s
+        self.line: Any = None  # the client's connection
         self._inbox: queue.Queue[tuple[Callable[[], Any] | None, Future[Any]]] = queue.Queue()
         self._begun: Future[None] = Future()
         self._end: Future[Any] = Future()
@@ -180,6 +181,7 @@ class Caller:
 
     actor: str | None = None  # recorded with writes; None: as the message says
     may: Callable[[str], bool] = lambda permission: True  # asked with `<table>:read`, `<table>:write`, `audit:read`, …
+    line: Any = None  # the connection, when its end is told by `hang_up`
 
 
 class Desk:
@@ -212,12 +214,24 @@ class Desk:
             status, answer = pack_error(error)
             return (503 if self.backend.engine.is_closed else status), answer
 
+    def hang_up(
+        self,
+        line: Any,  # a connection that ended
+    ) -> None:
+        """Undo what its client left open: whoever was killed in a transaction keeps nobody waiting."""
+        for transaction in [t for t in list(self._open.values()) if t.line is line]:
+            self._undo(transaction)
+
     def close(self) -> None:
         """Undo the transactions that are open."""
-        for transaction in self._open.values():
-            with contextlib.suppress(WorkbenchError):
-                transaction.do(_give_up)
-        self._open.clear()
+        for transaction in list(self._open.values()):
+            self._undo(transaction)
+
+    def _undo(self, transaction: _Transaction) -> None:
+        """Roll back, when it did not end by itself."""
+        self._open.pop(transaction.id, None)
+        with contextlib.suppress(WorkbenchError):
+            transaction.do(_give_up)
 
     def _do(self, call: str, head: dict[str, Any], table: pa.Table | None, caller: Caller) -> bytes:
         """Inside the transaction that the message names, or by itself."""
@@ -246,6 +260,7 @@ class Desk:
         self._need(caller, "store:write")
         self._open = {key: t for key, t in self._open.items() if t.is_alive()}
         transaction = _Transaction(self.backend, actor, self._silence_s)
+        transaction.line = caller.line
         self._open[transaction.id] = transaction
         return pack({"transaction": transaction.id})
 
