@@ -79,7 +79,9 @@ def needed_limits(
 ) -> dict[str, Any]:  # those and no others
     """Parameters of an earlier chart; raises `InputError` that names what is missing."""
     if missing := [name for name in names if limits.get(name) is None]:
-        raise InputError(f"the limits need {', '.join(names)}, and {missing[0]} is missing; are they of another kind of chart?")
+        raise InputError(
+            f"the limits need {', '.join(names)}, and {missing[0]} is missing; are they of another kind of chart?"
+        )
     return {name: limits[name] for name in names}
 
 

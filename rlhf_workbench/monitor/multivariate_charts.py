@@ -130,6 +130,7 @@ def mewma_chart(
         raise InputError(f"needs m×p values, got shape {x.shape}; give the means of subgroups")
     own = needed_limits(known, "mean", "covariance") if is_known else _location(x)
     own |= {"weight": known.get("weight", weight), "h": known.get("h", h)}
+    own |= {"m": known["m"]} if "m" in known else {}
     own["weight"] = weight = float(own["weight"])
     if not 0 < weight <= 1:
         raise InputError(f"weight must be above 0 and at most 1, got {weight:g}; 0.1 is usual")
