@@ -65,7 +65,7 @@ def plot_chart(
     with needs_extra("monitor"):
         from matplotlib.figure import Figure
     panels = chart.panels if with_companion else [chart]
-    figure = Figure(figsize=(6, 1.1 + 1.5 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(5, 0.9 + 1.3 * len(panels)), layout="constrained")
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(rows, panels, strict=True):
         _draw_panel(axes, panel, hits)
