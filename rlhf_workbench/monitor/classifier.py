@@ -29,7 +29,9 @@ def _fold_scores(points: Floats, is_window: Labels, folds: int, seed: int) -> li
     leaf = max(2, round(0.03 * len(points)))
     found = []
     for train, test in StratifiedKFold(folds, shuffle=True, random_state=seed).split(points, is_window):
-        trees = ExtraTreesClassifier(_TREES, min_samples_leaf=leaf, class_weight="balanced", random_state=seed, n_jobs=1)
+        trees = ExtraTreesClassifier(
+            _TREES, min_samples_leaf=leaf, class_weight="balanced", random_state=seed, n_jobs=1
+        )
         scores = trees.fit(points[train], is_window[train]).predict_proba(points[test])[:, 1]
         found.append((np.asarray(scores, dtype=np.float64), is_window[test]))
     return found

@@ -64,7 +64,7 @@ def _space_of(name: str, reference: pd.Series, current: pd.Series, test: str | N
             "write both alike, or leave it out"
         )
     kind: SpaceKind = known[0] if known else "category"
-    if kind == "number" and pd.concat([reference, current]).nunique() <= 2:
+    if kind == "number" and len({*reference.dropna().unique(), *current.dropna().unique()}) <= 2:
         kind = "category"
     return FeatureSpace(name, kind, test=test)
 
