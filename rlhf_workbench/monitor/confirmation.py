@@ -74,7 +74,7 @@ class Change:
     before: float  # error rate, or mean in standard deviations of the reference
     after: float  # the same, since the change
     severity: float  # 0 … 1
-    p: float  # 0 … 1
+    p: float | None  # 0 … 1; None: of a single detector
     evidence: float  # nats
     detectors: tuple[str, ...]  # that agree
     settled: int | None = None  # when the new level had held for long enough
@@ -100,7 +100,7 @@ def effect_size(
 _SHARE = 5  # an alarm takes this part of the budget
 _BLOCK = 512
 _MOVING = 3.0  # nats that say that the level still moves
-_HOLD, _LONGEST_HOLD = 200, 2000
+_HOLD = 200, 500  # values that a level must hold for, at least and at most
 
 
 class ChangeWatch:
@@ -130,7 +130,7 @@ class ChangeWatch:
         self._stretch = Stretch(kind)
         self._before: tuple[float, float, float] | None = None  # sums of the old level while settling
         self._change: Change | None = None  # the last alarm
-        self._hold = _HOLD
+        self._hold = _HOLD[0]
         self._is_warned = False
         self._retry_at = 0
 
@@ -239,8 +239,8 @@ class ChangeWatch:
 
     def _raise(self, change: Change) -> Notice:
         length = self.seen - change.start
-        self._before = self._stretch.cut(length)
-        self._hold = int(np.clip(2 * length, _HOLD, _LONGEST_HOLD))
+        self._before = self._stretch.begin(length)
+        self._hold = int(np.clip(length, *_HOLD))
         self._change, self._is_warned = change, False
         return Notice("alarm", change)
 
@@ -249,12 +249,13 @@ class ChangeWatch:
         assert self._change is not None and self._before is not None
         is_late = self.seen - self._change.index > 8 * self._hold
         if evidence >= _MOVING and not is_late:
-            self._stretch.cut(self._stretch.best_start())
+            self._stretch.begin(0)
             return []
         before, now = self._before, self._stretch.sums()
         found = float(split_evidence(self.kind, before, now))
         step = now[1] / now[0] - before[1] / before[0]
-        is_back = found < _MOVING or (step > 0) != (self._change.direction == "rise")
+        is_near = abs(step) < abs(self._change.after - self._change.before) / 2
+        is_back = (found < _MOVING and is_near) or (step > 0) != (self._change.direction == "rise")
         self._change = replace(self._change, **self._outcome(is_back, step, now[1] / now[0]))
         notices = [Notice("recovered" if is_back else "settled", self._change)]
         self._before = None
@@ -269,6 +270,11 @@ class ChangeWatch:
         if is_back:
             return {"recovered": self.seen - 1}
         return {"settled": self.seen - 1, "after": level, "severity": effect_size(self.kind, step)}
+
+    @property
+    def alarm_rate(self) -> float:
+        """Alarms a value to be expected where nothing changes."""
+        return self.budget / _SHARE
 
     def state(self) -> dict[str, Any]:
         """What is remembered, as JSON can hold it."""

@@ -114,15 +114,14 @@ class Stretch:
         before = (self.n - lengths, self.total - after[1], self.squares - after[2])
         return int(np.argmax(np.round(split_evidence(self.kind, before, after), 9))) + 1
 
-    def cut(
+    def begin(
         self,
-        length: int,  # values ago, at most 2,048
-    ) -> tuple[float, float, float]:  # values, sum, sum of squares of the part that is cut off
-        """Begin anew with the last values."""
-        kept = self.recent[-length:]
-        now = (len(kept), float(kept.sum()), float((kept**2).sum()))
-        earlier = (self.n - now[0], self.total - now[1], self.squares - now[2])
-        self.n, self.total, self.squares = now
+        length: int,  # values that belong to the change, at most 2,048
+    ) -> tuple[float, float, float]:  # values, sum, sum of squares of what came before these
+        """Begin anew with the next value."""
+        left = self.recent[len(self.recent) - length :]
+        earlier = (self.n - length, self.total - float(left.sum()), self.squares - float((left**2).sum()))
+        self.n, self.total, self.squares = 0, 0.0, 0.0
         return earlier
 
     def sums(self) -> tuple[float, float, float]:
