@@ -7,9 +7,9 @@ Docs: https://OWNER.github.io/rlhf_workbench/serve/components.html.md"""
 # %% auto #0
 __all__ = ['tiny', 'smollm2_135m', 'symmetric', 'dawid_skene', 'one_coin', 'majority', 'glad', 'mace', 'trl', 'trl_chat',
            'trl_implicit', 'kto', 'kto_chat', 'openai', 'ultrafeedback', 'hh_rlhf', 'information', 'entropy',
-           'shuffled', 'in_order', 'slow', 'steady', 'quick', 'at_random', 'adwin', 'cusum', 'ddm', 'hddm_a', 'hddm_w',
-           'page_hinkley', 'stepd', 'LanguageModel', 'SimulatedCrew', 'VoteConsensus', 'Temperature', 'PairChoice',
-           'Pace', 'StreamDetector', 'LogChannel']
+           'shuffled', 'in_order', 'slow', 'steady', 'quick', 'at_random', 'adwin', 'bocd', 'cusum', 'ddm', 'ecdd_wt',
+           'eddm', 'gma', 'hddm_a', 'hddm_w', 'kswin', 'page_hinkley', 'rddm', 'stepd', 'LanguageModel',
+           'SimulatedCrew', 'VoteConsensus', 'Temperature', 'PairChoice', 'Pace', 'LogChannel']
 
 # %% ../../nbs/serve/52_components.ipynb #a4fb3b6b
 import json
@@ -29,7 +29,7 @@ from ..core.formats import FORMATS, find_format
 from ..core.messages import check_question
 from ..core.schema import Alert, Messages
 from ..monitor.calibration import fit_temperature, pair_probabilities, scale_probabilities
-from ..monitor.detectors import SETTINGS, make_detector
+from ..monitor.detectors import SETTINGS, StreamDetector
 from ..quality.consensus import Method, aggregate_votes
 from ..train.active import STRATEGIES, select_pairs
 from ..train.curriculum import curriculum_order
@@ -147,41 +147,6 @@ class Pace:
         """The order of training: every index once."""
         return curriculum_order(difficulty, self.pace, seed)
 
-# %% ../../nbs/serve/52_components.ipynb #dcb4bf28
-class StreamDetector:
-    """A detector of Frouros whose state can be kept."""
-
-    def __init__(
-        self,
-        name: str,  # what `make_detector` takes
-    ):
-        self.name = name
-        self.restore({"values": []})
-
-    def update(self, value: float) -> bool:
-        """Take the next value: is this an alarm? Raises `InputError` when it is not from 0 to 1."""
-        if not 0 <= value <= 1:
-            raise InputError(f"a watched value must be from 0 to 1, got {value}")
-        self.values.append(float(value))
-        self._running.drift = False  # ADWIN never takes an alarm back itself
-        with np.errstate(all="ignore"):  # STEPD divides by a variance that may be 0
-            self._running.update(value=value)
-        is_alarm = bool(self._running.drift) and min(self.values) < max(self.values)  # STEPD takes 0 / 0 for a change
-        if is_alarm:
-            self.restore({"values": []})
-        return is_alarm
-
-    def state(self) -> dict[str, Any]:
-        """The values since the last alarm."""
-        return {"values": list(self.values)}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Replay the values."""
-        self.values: list[float] = []
-        self._running = make_detector(self.name)
-        for value in state["values"]:
-            self.update(value)
-
 # %% ../../nbs/serve/52_components.ipynb #39a9af9f
 class LogChannel:
     """Passes alerts to the logger `rlhf_workbench.alerts`."""
@@ -198,4 +163,6 @@ symmetric, dawid_skene, one_coin, majority, glad, mace = (partial(VoteConsensus,
 trl, trl_chat, trl_implicit, kto, kto_chat, openai, ultrafeedback, hh_rlhf = (partial(find_format, f) for f in FORMATS)
 information, entropy, shuffled = (partial(PairChoice, strategy) for strategy in STRATEGIES)
 in_order, slow, steady, quick, at_random = (partial(Pace, p) for p in ("sorted", "slow", "steady", "quick", "random"))
-adwin, cusum, ddm, hddm_a, hddm_w, page_hinkley, stepd = (partial(StreamDetector, name) for name in SETTINGS)
+adwin, bocd, cusum, ddm, ecdd_wt, eddm, gma, hddm_a, hddm_w, kswin, page_hinkley, rddm, stepd = (
+    partial(StreamDetector, name) for name in SETTINGS
+)
