@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import quote
 
 from .annotate import annotate_view
+from .drift import Streams, drift_page
 from .mount import Visits, add_pages, visitor
 from .portal import StoreWatch, blank_page, overview_page
 from ..collect.queue import queue_progress
@@ -67,10 +68,10 @@ class Pages:
         self.service, self.signin = service, signin
         self.watches = {name: StoreWatch(store) for name, store in service.projects.items()}
         self.project_of: dict[str, str] = {}
-        for name in service.projects:
-            self.project_of |= {f"/projects/{quote(name)}": name, f"/projects/{quote(name)}/label": name}
+        self.streams = {name: Streams(store) for name, store in service.projects.items()}
         first = next(iter(service.projects))
-        self.project_of |= {"/": first, "/label": first}
+        for base, name in {"": first, **{f"/projects/{quote(name)}": name for name in service.projects}}.items():
+            self.project_of |= {base or "/": name, f"{base}/label": name, f"{base}/drift": name}
 
     def builders(self) -> dict[str, Any]:
         """A function a path, which makes the page for a visitor."""
@@ -81,14 +82,16 @@ class Pages:
         project = self.project_of[path]
         if path.endswith("/label"):
             return label_page(self.service.projects[project], path)
+        if path.endswith("/drift"):
+            return drift_page(self.streams[project])
         if may(visitor(), "run:read", project):
-            return overview_page(self.watches[project])
+            return overview_page(self.watches[project], drift_path=f"{path.rstrip('/')}/drift")
         return label_page(self.service.projects[project], f"{path.rstrip('/')}/label")
 
     def who(self, connection: "HTTPConnection", path: str) -> Identity:
         """Who sees this page; raises `DeniedError`."""
         found = self._visitor_of(connection, path)
-        if not path.endswith("/label") and may(found, "run:read", self.project_of[path]):
+        if not path.endswith(("/label", "/drift")) and may(found, "run:read", self.project_of[path]):
             self.watches[self.project_of[path]].look()  # here, in a thread of its own, and not while others wait
         return found
 
@@ -98,7 +101,10 @@ class Pages:
         found = self.signin.identity(connection, project)
         if found is None:
             raise DeniedError("sign in first; the page /signin says how")
-        if path.endswith("/label") or not may(found, "run:read", project):
+        if path.endswith("/drift"):
+            for table in ("observation", "prediction", "drift_event", "comparison", "generation"):
+                require(found, f"{table}:read", project)
+        elif path.endswith("/label") or not may(found, "run:read", project):
             require(found, "queue:answer", project)
         return found
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from ..core.errors import InputError, MissingError
-from ..core.schema import Model, Prediction
+from ..core.schema import Model
 from ..monitor.attribute_charts import p_chart
 from ..monitor.calibration import preference_outcomes, reliability_table
 from ..monitor.charts import Chart, xbar_s_chart
@@ -63,7 +63,7 @@ class Stream:
 
     def clip(self, lo: float, hi: float) -> tuple[int, int]:
         """A stretch as places that exist."""
-        first, last = sorted((int(np.clip(round(x), 0, len(self))) for x in (lo, hi)))
+        first, last = sorted(int(np.clip(round(x), 0, len(self))) for x in (lo, hi))
         return first, last
 
 # %% ../../nbs/apps/05_streams.ipynb #427856a3
@@ -237,9 +237,9 @@ def read_examples(
         wanted = np.sort(np.random.default_rng(seed).choice(wanted, n, replace=False))
     rows = pd.DataFrame({"at": wanted, "value": stream.values[wanted]})
     rows["confidence"] = np.nan if stream.confidence is None else stream.confidence[wanted]
-    rows["comparison_id"] = _comparison_ids(store, stream, wanted)
+    rows["comparison_id"] = pd.Series(_comparison_ids(store, stream, wanted), dtype=object)
     texts = store.sql(_TEXTS, [[key for key in rows["comparison_id"] if isinstance(key, str)] or [""]])
-    return rows.merge(texts, on="comparison_id", how="left")
+    return rows.merge(texts.astype(object), on="comparison_id", how="left")
 
 
 def _comparison_ids(store: Store, stream: Stream, wanted: npt.NDArray[np.int64]) -> list[str | None]:
