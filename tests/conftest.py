@@ -1,8 +1,19 @@
-"""What every test run ends with: how many tests were left out, and how to get them."""
+"""A browser for those who need one; and what every test run ends with: how many tests were left out, and why."""
 
 from collections import Counter
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A browser for the tests of one file."""
+    from browser import opened
+
+    with opened(tmp_path_factory.mktemp("chromium")) as found:
+        yield found
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

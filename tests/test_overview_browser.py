@@ -2,12 +2,7 @@
 
 import getpass
 import json
-import shutil
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,8 @@ import pytest
 pytest.importorskip("panel", reason="needs the extra apps: pip install 'rlhf_workbench[apps]'")
 pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
 pytest.importorskip("frouros", reason="needs the extra monitor: pip install 'rlhf_workbench[monitor]'")
-webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'rlhf_workbench[dev]'")
+
+from browser import NEEDS_BROWSER, Page, served
 
 from rlhf_workbench.apps.overview import format_value
 from rlhf_workbench.collect.queue import add_items
@@ -38,19 +34,8 @@ from rlhf_workbench.monitor.drift import watch_drift
 from rlhf_workbench.store.registry import run_once
 from rlhf_workbench.store.tables import Store, connect
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.server,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver"),
-]
+pytestmark = NEEDS_BROWSER
 ATTACK = "<script>alert(1)</script>"
-RLHFW = "from rlhf_workbench.cli import main; raise SystemExit(main())"
-FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
-WALK = "const all = n => [...n.querySelectorAll('*')].flatMap(e => [e, ...(e.shadowRoot ? all(e.shadowRoot) : [])]);"
 
 
 # A store with a past
@@ -117,92 +102,10 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# A server and a browser
-
-
-@contextmanager
-def served(page: "Page", *stores: Path) -> Iterator[str]:
-    """The address of a running service in which the browser is signed in."""
-    words = [word for store in stores for word in ("--store", str(store))]
-    command = [sys.executable, "-c", RLHFW, "serve", *words, "--port", "0", "--no-open", "--json"]
-    process = subprocess.Popen(command, stdout=-1, text=True)
-    assert process.stdout
-    try:
-        said = json.loads(process.stdout.readline())
-        page.driver.get(said["link"])
-        yield said["url"]
-    finally:
-        process.terminate()
-        process.communicate(timeout=30)
-
-
 @pytest.fixture(scope="module")
 def link(page: "Page", store_path: Path) -> Iterator[str]:
     with served(page, store_path) as url:
         yield url
-
-
-class Page:
-    """A browser with one page open, and what a test asks of it."""
-
-    def __init__(self, driver: Any):
-        self.driver = driver
-
-    def open(self, link: str, width: int = 1280) -> float:
-        """Seconds until everything is drawn."""
-        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        start = time.perf_counter()
-        self.driver.get(link)
-        self.wait(lambda: "Waiting for a decision" in self.text() and "rlhfw approve" in self.text())
-        self.wait(lambda: self.drawn_plots() == 2)
-        return time.perf_counter() - start
-
-    def wait(self, is_true: Callable[[], bool], timeout_s: float = 20) -> None:
-        end = time.monotonic() + timeout_s
-        while not is_true():
-            assert time.monotonic() < end, self.text()
-            time.sleep(0.05)
-
-    def ask(self, expression: str) -> Any:
-        return self.driver.execute_script(f"{WALK} return {expression}")
-
-    def text(self) -> str:
-        """All text of the page, that of the shadow trees too."""
-        trees = "all(document.body).flatMap(e => e.shadowRoot ? [...e.shadowRoot.children] : [])"
-        seen = "e => /^(SCRIPT|STYLE|LINK)$/.test(e.tagName) ? '' : e.innerText"
-        return " ".join(str(self.ask(f"[document.body, ...{trees}].map({seen}).join(' ')")).split())
-
-    def drawn_plots(self) -> int:
-        """Plots with more than one colour in them."""
-        big = "all(document.body).filter(e => e.tagName === 'CANVAS' && e.width > 200)"
-        data = "new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size"
-        return int(self.ask(f"{big}.filter(c => c.width && c.height && {data} > 20).length"))
-
-    def complaints(self) -> list[str]:
-        """Errors in the console."""
-        return [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
-
-    def hosts(self) -> set[str]:
-        """Who was asked for anything, by this page's requests and sockets."""
-        events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-        asked += [e["params"]["url"] for e in events if e["method"] == "Network.webSocketCreated"]
-        return {url.split("/")[2].split(":")[0] for url in asked if url.startswith(("http", "ws"))}
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(str(DRIVER)))
-    try:
-        yield Page(driver)
-    finally:
-        driver.quit()
 
 
 # The portal

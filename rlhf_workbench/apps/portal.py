@@ -77,7 +77,7 @@ p {{ margin: 0; }} code {{ font-size: 0.93em; background: #eef1f5; border-radius
 .notice {{ background: #fff8e6; border: 1px solid #f0dca8; border-radius: 10px; padding: 10px 14px; }}
 table {{ border-collapse: collapse; width: 100%; }} th {{ color: {MUTED}; font-weight: 500; font-size: 12px; }}
 th, td {{ text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid {LINE}; white-space: nowrap; }}
-.step, .key_figure, .name, .figure, .reason, .id {{ white-space: normal; overflow-wrap: anywhere; min-width: 6em; }}
+.step, .key_figure, .name, .figure, .reason, .id, .prompt, .first, .second {{ white-space: normal; overflow-wrap: anywhere; min-width: 6em; }}
 .step {{ min-width: 10.5em; }} .id {{ font-size: 12px; color: {MUTED}; }}
 .failed {{ color: #b3261e; font-weight: 500; }} .unfinished {{ color: #8a5a00; }}
 tr:last-child td {{ border-bottom: 0; }} td {{ vertical-align: top; }} th:last-child, td:last-child {{ padding-right: 0; }}

@@ -67,9 +67,10 @@ class Stream:
         return first, last
 
 # %% ../../nbs/apps/05_streams.ipynb #427856a3
-_OBSERVED = "SELECT stream AS name, count(*) AS n FROM current_observation WHERE isfinite(value) GROUP BY 1 ORDER BY 1"
+_OBSERVED = """
+SELECT stream AS name, count(*) AS n FROM observation WHERE replaces IS NULL AND isfinite(value) GROUP BY 1 ORDER BY 1"""
 _VALUES = """
-SELECT row_number() OVER (ORDER BY rowid) - 1 AS place, value, happened_at AS "at",
+SELECT rowid AS place, value, happened_at AS "at",
        TRY_CAST(features ->> 'confidence' AS DOUBLE) AS confidence
 FROM observation WHERE stream = ? AND replaces IS NULL ORDER BY rowid"""
 
@@ -211,7 +212,7 @@ def stretch_reliability(
     return reliability_table(np.column_stack([p, 1 - p]), np.where(right[known] > 0.5, 0, 1))
 
 # %% ../../nbs/apps/05_streams.ipynb #388e95ec
-_IDS = "SELECT comparison_id FROM observation WHERE stream = ? AND replaces IS NULL ORDER BY rowid LIMIT ? OFFSET ?"
+_IDS = "SELECT rowid AS place, comparison_id FROM observation WHERE rowid IN (SELECT unnest(?)) ORDER BY rowid"
 _TEXTS = """
 SELECT c.id AS comparison_id, p.text AS prompt, p.topic, f.text AS first, s.text AS second
 FROM comparison c JOIN prompt p ON p.id = c.prompt_id
@@ -247,10 +248,8 @@ def _comparison_ids(store: Store, stream: Stream, wanted: npt.NDArray[np.int64])
         return [stream.comparison_ids[i] for i in wanted]
     if not len(wanted):
         return []
-    rows = stream.places[wanted]
-    first, last = int(rows[0]), int(rows[-1])
-    found = store.sql(_IDS, [stream.name, last - first + 1, first], limit=None)["comparison_id"]
-    return [None if pd.isna(key) else key for key in found.iloc[rows - first]]
+    found = store.sql(_IDS, [stream.places[wanted].tolist()])["comparison_id"]
+    return [None if pd.isna(key) else key for key in found]
 
 # %% ../../nbs/apps/05_streams.ipynb #794cb760
 def place_texts(

@@ -1,0 +1,125 @@
+"""The drift page in headless Chromium: a stream, a brush, an alarm, and what is behind it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+pytest.importorskip("panel", reason="needs the extra apps: pip install 'rlhf_workbench[apps]'")
+pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
+pytest.importorskip("frouros", reason="needs the extra monitor: pip install 'rlhf_workbench[monitor]'")
+
+from browser import NEEDS_BROWSER, Page, served
+
+from rlhf_workbench.core.schema import Comparison, Generation, MistakePattern, Observation, Prompt
+from rlhf_workbench.store.tables import connect
+
+pytestmark = NEEDS_BROWSER
+ATTACK = "<script>alert(1)</script>"
+N = 20_000
+CHANGE = 12_000
+
+
+@pytest.fixture(scope="module")
+def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stream of errors whose rate and subject change, and one of scores."""
+    path, rng = tmp_path_factory.mktemp("store") / "live.duckdb", np.random.default_rng(0)
+    with connect(path) as store:
+        rows: list[Any] = []
+        for i in range(40):
+            prompt = Prompt(text=f"{'sea' if i < 20 else ATTACK} question {i}")
+            first, second = (Generation(prompt_id=prompt.id, text=f"answer {i} {x}") for x in "ab")
+            rows += [prompt, first, second, Comparison(prompt_id=prompt.id, first_id=first.id, second_id=second.id)]
+        store.append([*rows, MistakePattern(model_id="m", name=f"about {ATTACK}", words=["sea"], mistake_ids=["x"])])
+        ids = [row.id for row in rows if isinstance(row, Comparison)]
+        late = np.arange(N) >= CHANGE
+        sure = rng.uniform(0.6, 0.99, N).round(2)
+        errors = {
+            "stream": ["errors of the judge"] * N,
+            "value": (rng.random(N) < np.where(late, 0.25, 0.1)).astype(float),
+            "comparison_id": [ids[i] for i in rng.integers(0, 20, N) + 20 * late],
+            "features": [f'{{"confidence": {x}}}' for x in sure],
+        }
+        store.append_table(Observation, pa.table(errors))
+        scores = {"stream": ["margin"] * N, "value": rng.normal(size=N) + late}
+        store.append_table(Observation, pa.table(scores))
+    return path
+
+
+@pytest.fixture(scope="module")
+def link(page: Page, store_path: Path) -> Iterator[str]:
+    with served(page, store_path) as url:
+        yield f"{url}/drift"
+
+
+def opened(page: Page, link: str, plots: int = 4) -> None:
+    page.complaints()  # what earlier pages said
+    page.driver.get(link)
+    page.wait(lambda: f"of {N:,}: " in page.text() and page.drawn_plots() >= plots)
+
+
+def choose(page: Page, label: str, text: str) -> None:
+    """Choose in the list under a label, as a person does."""
+    page.ask(
+        f"""(() => {{ const list = all(document.body).filter(e => e.tagName === 'SELECT')
+        .find(e => e.getRootNode().textContent.includes({label!r}));
+        list.value = [...list.options].find(o => o.textContent.includes({text!r})).value;
+        list.dispatchEvent(new Event('change')); }})()"""
+    )
+
+
+def press(page: Page, label: str) -> None:
+    page.ask(f"all(document.body).find(e => e.tagName === 'BUTTON' && e.textContent.includes({label!r})).click()")
+
+
+def test_it_shows_a_stream_from_all_sides_and_asks_nobody_else(page: Page, link: str) -> None:
+    opened(page, link)
+    text = page.text()
+    assert f"Values 0 to {N:,} of {N:,}: " in text
+    assert f"about {ATTACK}" in text
+    assert (
+        page.ask("all(document.body).filter(e => e.tagName === 'SCRIPT' && e.textContent.includes('alert(1)'))") == []
+    )
+    assert page.ask("document.documentElement.scrollWidth") <= page.ask("document.documentElement.clientWidth")
+    assert page.complaints() == []
+    assert page.hosts() == {"127.0.0.1"}
+
+
+def test_what_would_have_fired_and_what_is_behind_it(page: Page, link: str) -> None:
+    opened(page, link)
+    press(page, "What would have fired?")
+    page.wait(lambda: "Would have fired in 20,000 values: auto 1." in page.text())
+    choose(page, "Alarms", "auto · rise")
+    page.wait(lambda: f" of {N:,}: " in page.text() and f"Values 0 to {N:,}" not in page.text())
+    shown = page.text()
+    begin = int(shown.split("Values ")[1].split(" to ")[0].replace(",", ""))
+    end = int(shown.split(" to ")[1].split(" of ")[0].replace(",", ""))
+    assert begin < CHANGE < end < CHANGE + 2000  # the stretch around the change
+    assert f"{ATTACK} question" in shown  # what people ask since then
+    assert page.complaints() == []
+
+
+def test_a_stretch_is_drawn_across_the_line(page: Page, link: str) -> None:
+    opened(page, link)
+    box = page.ask(
+        """(() => { const r = all(document.body).find(e => e.classList && e.classList.contains('bk-Canvas'))
+        .getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"""
+    )
+    left, top, width, height = box
+    y = top + height / 2
+    for kind, share in (("mousePressed", 0.3), ("mouseMoved", 0.4), ("mouseMoved", 0.6), ("mouseReleased", 0.6)):
+        event = {"type": kind, "x": left + share * width, "y": y, "button": "left", "buttons": 1, "clickCount": 1}
+        page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+    page.wait(lambda: "Drawn in" in page.text() and f"Values 0 to {N:,}" not in page.text())
+    assert page.complaints() == []
+
+
+def test_scores_have_a_density(page: Page, link: str) -> None:
+    opened(page, link)
+    choose(page, "Stream", "margin")
+    page.wait(lambda: "mean score" in page.text() and page.drawn_plots() >= 2, timeout_s=60)
+    assert "No confidence is known here" in page.text()
+    assert page.complaints() == []
