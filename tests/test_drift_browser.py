@@ -105,8 +105,8 @@ def test_what_would_have_fired_and_what_is_behind_it(page: Page, link: str) -> N
 def test_a_stretch_is_drawn_across_the_line(page: Page, link: str) -> None:
     opened(page, link)
     box = page.ask(
-        """(() => { const r = all(document.body).find(e => e.classList && e.classList.contains('bk-Canvas'))
-        .getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"""
+        """(() => { const line = all(document.body).find(e => e.classList && e.classList.contains('bk-Canvas'));
+        line.scrollIntoView({block: 'center'}); const r = line.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"""
     )
     left, top, width, height = box
     y = top + height / 2

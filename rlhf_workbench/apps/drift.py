@@ -14,6 +14,7 @@ import html
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -300,9 +301,11 @@ class DriftView:
         reach = max(300, 2 * (int(row["at"]) - start))
         await self._guarded(self.show, start - reach, int(row["at"]) + reach, event.new)
 
-    async def _on_brush(self, boundsx: tuple[float, float] | None) -> None:
+    def _on_brush(self, boundsx: tuple[float, float] | None) -> None:
+        import panel as pn
+
         if boundsx and self.stream is not None:
-            await self._guarded(self.show, *boundsx)
+            pn.state.execute(partial(self._guarded, self.show, *boundsx), schedule=True)
 
     async def _guarded(self, work: Callable[..., None], *args: Any) -> None:
         """In a thread; what goes wrong is said."""
@@ -406,8 +409,8 @@ class DriftView:
         def grid(least: int, *content: Any) -> Any:
             """As many columns of at least so many pixels as there is room for."""
             columns = f"repeat(auto-fit, minmax(min(100%, {least}px), 1fr))"
-            styles = {"grid-template-columns": columns, "gap": "0 14px"}
-            return pn.GridBox(*content, sizing_mode="stretch_width", styles=styles)
+            styles = {"display": "grid", "grid-template-columns": columns, "gap": "0 14px"}
+            return pn.Column(*content, sizing_mode="stretch_width", margin=0, styles=styles)
 
         chosen = (self.choice, self.detectors, self.budget, self.k, self.alarm)
         for widget in chosen:
