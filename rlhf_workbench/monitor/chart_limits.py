@@ -82,6 +82,19 @@ def _moment(moments: Sequence[datetime] | None, index: int) -> datetime | None:
     return None if moments is None else moments[index]
 
 
+def _signal(limits: ControlLimits, hit: Hit, rule: str, at: datetime | None, run_id: str | None) -> ChartSignal:
+    """A hit as a record."""
+    return ChartSignal(
+        chart=limits.chart,
+        limits_id=limits.id,
+        rule=rule,
+        index=hit.index,
+        points=hit.points,
+        happened_at=at,
+        run_id=run_id,
+    )
+
+
 def chart_signals(
     store: Store,
     chart: Chart,  # drawn with the limits
@@ -110,8 +123,7 @@ def chart_signals(
             at, rule = _moment(moments, hit.index), _rule_name(chart, hit)
             if (rule, at or hit.index) in known or (after and at and at <= after):
                 continue
-            about = {"rule": rule, "index": hit.index, "points": hit.points, "happened_at": at, "run_id": run_id}
-            new.append(ChartSignal(chart=limits.chart, limits_id=limits.id, **about))
+            new.append(_signal(limits, hit, rule, at, run_id))
         store.append(new)
     return new
 
