@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 class _ShowUnlessSaid(Verbs):
     """Verbs of which `show` may be left out."""
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """Take a first word that is no verb as what to show."""
         return super().resolve_command(ctx, args if args[0] in self.commands else ["show", *args])
 
@@ -82,7 +84,9 @@ def _in_words(name: str, drawn: "Chart", hits: list[Any], labels: list[Any]) -> 
         lower, center, upper = (float(line[-1]) for line in (panel.lower, panel.center, panel.upper))
         steps = " at the last point" if len(set(panel.upper.round(12))) > 1 else ""
         lines.append(f"{panel.label}: center {center:.6g}, limits {lower:.6g} … {upper:.6g}{steps}")
-    lines += [f"{hit.rule} at {labels[hit.index]}: {hit.panel}, points {', '.join(map(str, hit.points))}" for hit in hits]
+    lines += [
+        f"{hit.rule} at {labels[hit.index]}: {hit.panel}, points {', '.join(map(str, hit.points))}" for hit in hits
+    ]
     return "\n".join([*lines, *([] if hits else ["no rule is broken"])])
 
 # %% ../../nbs/commands/12_chart.ipynb #101e7a17
@@ -132,9 +136,7 @@ def _save_plot(drawn: "Chart", rules: str, title: str, path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error}; name it something.png in a folder that exists") from error
 
 
-_RULES = click.option(
-    "--rules", default="nelson", show_default=True, help="nelson, western-electric, limits or none."
-)
+_RULES = click.option("--rules", default="nelson", show_default=True, help="nelson, western-electric, limits or none.")
 _EVERY = click.option("--every", help="Values in a point, or a length of time: 25, 1D, 6h.")
 _KIND = click.option("--kind", help="individuals, xbar_r, xbar_s, p, np, c, u, laney_p, ewma, cusum, t2 …")
 _PERSON = click.option("--who", help="An annotator or a model; default: everybody together.")
@@ -179,7 +181,9 @@ def show(
         _show_file(what, value, _numbers(given), rules, plot, as_json, columns)
         return
     if used := [name for name in ("size", "subgroup", "at") if options[name]] + ["set"] * bool(given):
-        raise InputError(f"--{'n' if used[0] == 'size' else used[0]} is for a file, and {what!r} is a quantity of the store")
+        raise InputError(
+            f"--{'n' if used[0] == 'size' else used[0]} is for a file, and {what!r} is a quantity of the store"
+        )
     choice = {name: options[name] for name in ("fresh", "version", "every", "kind")}
     _show_quantity(what, by, options["who"], choice, rules, plot, store, as_json)
 
