@@ -42,6 +42,7 @@ def freeze_limits(
             parameters=chart.parameters | {"source": dict(source or {})},
             n_points=len(chart.values),
             reason=reason.strip(),
+            actor=store.actor,
             run_id=run_id,
         )
         store.append(frozen)
@@ -82,7 +83,7 @@ def _moment(moments: Sequence[datetime] | None, index: int) -> datetime | None:
     return None if moments is None else moments[index]
 
 
-def _signal(limits: ControlLimits, hit: Hit, rule: str, at: datetime | None, run_id: str | None) -> ChartSignal:
+def _signal(limits: ControlLimits, hit: Hit, rule: str, at: datetime | None, **by: Any) -> ChartSignal:
     """A hit as a record."""
     return ChartSignal(
         chart=limits.chart,
@@ -91,7 +92,7 @@ def _signal(limits: ControlLimits, hit: Hit, rule: str, at: datetime | None, run
         index=hit.index,
         points=hit.points,
         happened_at=at,
-        run_id=run_id,
+        **by,
     )
 
 
@@ -123,7 +124,7 @@ def chart_signals(
             at, rule = _moment(moments, hit.index), _rule_name(chart, hit)
             if (rule, at or hit.index) in known or (after and at and at <= after):
                 continue
-            new.append(_signal(limits, hit, rule, at, run_id))
+            new.append(_signal(limits, hit, rule, at, actor=store.actor, run_id=run_id))
         store.append(new)
     return new
 
