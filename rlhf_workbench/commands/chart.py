@@ -61,7 +61,7 @@ def _read_table(file: str) -> "pd.DataFrame":
 
 
 def _of_file(
-    file: str, value: tuple[str, ...], settings: dict[str, float], size: str | None, **columns: Any
+    file: str, value: tuple[str, ...], settings: dict[str, Any], size: str | None, **columns: Any
 ) -> tuple["Chart", list[Any]]:
     """The chart of a table file, and a label for each point."""
     from rlhf_workbench.monitor.spc import chart_table
@@ -283,7 +283,7 @@ def freeze(
 
     end = moment(through) if through else None
     with to_change(store, actor) as opened:
-        period = {"every": every, "kind": kind, "through": end, "exclude": exclude}
+        period: dict[str, Any] = {"every": every, "kind": kind, "through": end, "exclude": exclude}
         frozen = freeze_quantity(opened, quantity, who, reason=reason, **period)
     said = f"version {frozen.version} of {frozen.chart}, a {frozen.kind} chart, from {frozen.n_points} points"
     say(as_json, asdict(frozen), said)
