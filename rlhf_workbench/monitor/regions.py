@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from ..core.errors import InputError
 from ..core.settings import needs_extra
@@ -128,10 +129,10 @@ def split_halves(
     seed: int,
 ) -> Flags:  # (n,) in the first half
     """Two halves of about the same size; a group is in one of them."""
-    names, places = np.unique(np.asarray(groups), return_inverse=True)
+    places, names = pd.factorize(pd.Series(list(groups)))
     first = np.zeros(len(names), dtype=bool)
     first[np.random.default_rng(seed).permutation(len(names))[: (len(names) + 1) // 2]] = True
-    return np.asarray(first[places.ravel()])
+    return np.asarray(first[places])
 
 
 def _chance(inside: Flags, is_mistake: Flags) -> float:
@@ -220,13 +221,13 @@ def find_regions(
     return sorted((replace(t, q_value=float(q)) for t, q in zip(found, q_values, strict=True)), key=lambda t: t.p_value)
 
 # %% ../../nbs/monitor/63_regions.ipynb #113f3f70
-_WORD = re.compile(r"[^\W\d_][\w'’-]+|[^\w\s]{2,}")
+_WORD = re.compile(r"[^\W\d_][\w'’-]+|([^\w\s])\1+")  # or one sign again and again, such as a code fence
 _PRIOR = 100.0  # words that the prior is worth
 
 
 def _count_words(texts: Sequence[str]) -> "Counter[str]":
     """Word → texts that say it."""
-    return Counter(word for text in texts for word in set(_WORD.findall(text.lower())))
+    return Counter(word for text in texts for word in {found[0] for found in _WORD.finditer(text.lower())})
 
 
 def distinctive_words(
