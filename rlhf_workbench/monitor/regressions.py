@@ -21,10 +21,9 @@ import pandas as pd
 from ..core.errors import DeniedError, InputError, MissingError, StateError
 from ..core.schema import MistakePattern, Model, correction, utc_now
 from ..core.settings import needs_extra
-from .embeddings import Embed, load_space, pair_vectors
+from .embeddings import Embed, Floats, load_space, pair_vectors
 from .mistakes import judged_predictions
 from .patterns import region_of
-from .regions import Flags
 from ..store.tables import Store
 
 # %% ../../nbs/monitor/65_regressions.ipynb #0d981399
@@ -114,28 +113,40 @@ class PatternCheck:
     test: Literal["paired", "unpaired"]
 
 
-def _outcomes(
-    store: Store, pattern: MistakePattern, model_id: str, embed: Embed | None
-) -> "pd.Series[bool]":  # whether it is wrong; index comparison id
-    """A model's right and wrong predictions on a pattern's pairs; empty when it has none."""
-    try:
-        rows = judged_predictions(store, model_id)
-    except MissingError:
-        return pd.Series(dtype=bool)
-    is_near = rows["comparison_id"].isin(pattern.metadata["comparison_ids"]).to_numpy() | _near(
-        store, pattern, rows, embed
-    )
-    near = rows[is_near].set_index("comparison_id")
-    return near["kind"].isin(pattern.metadata["kinds"])
+class _Evidence:
+    """Right and wrong predictions on the pairs of patterns; each model is read, and each pair placed, once."""
 
+    def __init__(self, store: Store, embed: Embed | None):
+        self.store, self.embed = store, embed
+        self._rows: dict[str, pd.DataFrame] = {}
+        self._points: dict[tuple[str, str], Floats | None] = {}
 
-def _near(store: Store, pattern: MistakePattern, rows: pd.DataFrame, embed: Embed | None) -> Flags:
-    """Which rows lie in the region; none when its space needs a function that is not at hand."""
-    space = load_space(store, pattern.metadata["space_id"], embed=embed)
-    if (space.method != "tfidf" and embed is None) or rows.empty:
-        return np.zeros(len(rows), dtype=bool)
-    vectors = pair_vectors(space, rows["prompt"].tolist(), rows["first"].tolist(), rows["second"].tolist())
-    return region_of(pattern).holds(vectors)
+    def outcomes(self, pattern: MistakePattern, model_id: str) -> "pd.Series[bool]":
+        """Whether a model is wrong, by comparison id; empty when it predicted nothing there."""
+        rows, known = self._judged(model_id), pattern.metadata
+        if rows.empty:
+            return pd.Series(dtype=bool)
+        is_near = rows["comparison_id"].isin(known["comparison_ids"]).to_numpy()
+        points = self._placed(model_id, known["space_id"])
+        is_near = is_near if points is None else is_near | region_of(pattern).holds(points)
+        return rows[is_near].set_index("comparison_id")["kind"].isin(known["kinds"])
+
+    def _judged(self, model_id: str) -> pd.DataFrame:
+        if model_id not in self._rows:
+            try:
+                self._rows[model_id] = judged_predictions(self.store, model_id)
+            except MissingError:
+                self._rows[model_id] = pd.DataFrame()
+        return self._rows[model_id]
+
+    def _placed(self, model_id: str, space_id: str) -> Floats | None:
+        """The points of a model's pairs; None when their space needs a function that is not at hand."""
+        if (model_id, space_id) not in self._points:
+            space, rows = load_space(self.store, space_id, embed=self.embed), self._judged(model_id)
+            texts = [rows[name].tolist() for name in ("prompt", "first", "second")]
+            can_place = space.method == "tfidf" or self.embed is not None
+            self._points[model_id, space_id] = pair_vectors(space, *texts) if can_place else None
+        return self._points[model_id, space_id]
 
 # %% ../../nbs/monitor/65_regressions.ipynb #ed127e88
 def find_pattern(
@@ -171,7 +182,7 @@ def resolve_pattern(
         pattern, model = find_pattern(store, name), store.get(Model, model_id)
         if pattern.status == "resolved":
             raise StateError(f"pattern {pattern.name!r} was resolved already: {pattern.metadata['resolved_because']}")
-        wrong = _outcomes(store, pattern, model_id, embed)
+        wrong = _Evidence(store, embed).outcomes(pattern, model_id)
         n, mistakes, rate = len(wrong), int(wrong.sum()), float(pattern.metadata["rate_inside"])
         if not n:
             raise StateError(
@@ -211,17 +222,11 @@ class RegressionReport:
 
 
 def _check(
-    store: Store,
-    pattern: MistakePattern,
-    model_id: str,
-    embed: Embed | None,
-    alpha: float,
-    min_effect: float,
-    min_power: float,
+    evidence: _Evidence, pattern: MistakePattern, model_id: str, alpha: float, min_effect: float, min_power: float
 ) -> PatternCheck:
     """One pattern."""
     known = pattern.metadata
-    wrong, before = (_outcomes(store, pattern, m, embed) for m in (model_id, known["resolved_by"]))
+    wrong, before = (evidence.outcomes(pattern, m) for m in (model_id, known["resolved_by"]))
     both = wrong.index.intersection(before.index)
     first, share = float(known["rate_inside"]), {"alpha": alpha, "min_effect": min_effect}
     if len(both) and len(both) >= 0.8 * len(wrong):
@@ -259,9 +264,9 @@ def check_regressions(
     resolved = [
         p for p in store.records(MistakePattern, status="resolved") if store.get(Model, p.model_id).kind == kind
     ]
-    each = alpha / max(1, len(resolved))
+    evidence, each = _Evidence(store, embed), alpha / max(1, len(resolved))
     return RegressionReport(
-        model_id, tuple(_check(store, p, model_id, embed, each, min_effect, min_power) for p in resolved)
+        model_id, tuple(_check(evidence, p, model_id, each, min_effect, min_power) for p in resolved)
     )
 
 
