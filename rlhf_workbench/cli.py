@@ -19,6 +19,7 @@ import click
 from .commands.access import member, token
 from .commands.audit import audit
 from .commands.doctor import doctor
+from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
 from .commands.store import KEY_FILE, need_key, store_group
@@ -294,6 +295,9 @@ def reject(proposal: str, reason: str, actor: str, store: Path, as_json: bool) -
 app.add_command(serve)
 app.sections["Look"] = ["serve"]
 
+
+app.add_command(mistakes)
+app.sections.setdefault("Watch", []).append("mistakes")
 
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]

@@ -73,7 +73,8 @@ def patterns(
         found = remember_patterns(opened, model_id, seed=seed, method=method, false_discovery_rate=fdr)
         table = pattern_table(opened, model_id, half_life=half_life)
     names = ("predictions", "mistakes", "tested", "added", "corrected")
-    shown = table[["name", "status", "mistakes", "alive", "rate_inside", "rate_outside", "p_value"]].round(4)
+    shown = table[["name", "status", "mistakes", "alive", "rate_inside", "rate_outside", "p_value"]].round(3)
+    shown = shown.assign(p_value=[f"{p:.1g}" for p in table["p_value"]])
     kept = f"{len(found.tested)} groups of {found.mistakes} mistakes were tested, {len(found.patterns)} are more than chance"
     say(
         as_json,

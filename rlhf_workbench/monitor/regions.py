@@ -217,7 +217,9 @@ def find_regions(
         raise InputError("nearly every prediction is a mistake, so no region stands out; is the model turned round?")
     regions = propose_regions(*halves[0], seed=seed, method=method, smallest=smallest)
     found = [judge_region(region, *halves[1]) for region in regions]
-    q_values = adjust_p_values([test.p_value for test in found]) if found else []
+    if not found:
+        return []
+    q_values = adjust_p_values([test.p_value for test in found])
     return sorted((replace(t, q_value=float(q)) for t, q in zip(found, q_values, strict=True)), key=lambda t: t.p_value)
 
 # %% ../../nbs/monitor/63_regions.ipynb #113f3f70
