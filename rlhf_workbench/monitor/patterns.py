@@ -101,6 +101,7 @@ def _row_of(
         "weights": rounded(test.region.weights),
         "comparison_ids": ids[members].tolist(),
         "example_ids": ids[nearest[members[nearest]]].tolist(),
+        "n_answers": len({*rows["first"][members], *rows["second"][members]}),
         "people_prefer": found["people_prefer"],
         "model_prefers": found["model_prefers"],
         "n_inside": test.n_inside,

@@ -197,7 +197,7 @@ def find_regions(
     is_mistake: npt.ArrayLike,  # (n,)
     *,
     seed: int,
-    groups: Sequence[Any] | None = None,  # (n,) what must stay in one half; None: each by itself
+    groups: Sequence[Any] | None = None,  # (n,) what must stay in one half and count once; None: each by itself
     method: Method = "kmeans",
     smallest: int = 8,  # mistakes of a group
 ) -> list[RegionTest]:  # by p-value
@@ -205,8 +205,9 @@ def find_regions(
     points, flags = np.asarray(vectors, dtype=np.float64), np.asarray(is_mistake, dtype=bool)
     if points.ndim != 2 or len(points) != len(flags) or not np.isfinite(points).all():
         raise InputError(f"regions need n×values finite numbers and n flags, got {points.shape} and {flags.shape}")
-    first = split_halves(range(len(points)) if groups is None else groups, seed)
-    halves = [(points[half], flags[half]) for half in (first, ~first)]
+    names = list(range(len(points)) if groups is None else groups)
+    first, is_repeat = split_halves(names, seed), pd.Series(names).duplicated().to_numpy()
+    halves = [(points[half], flags[half]) for half in (first, ~first & ~is_repeat)]
     fewest = min(int(mistakes.sum()) for _, mistakes in halves)
     if flags.sum() < LEAST_MISTAKES or fewest < smallest:
         raise InputError(

@@ -31,14 +31,14 @@ from ..train.curriculum import curriculum_order, difficulty
 from ..train.data import read_snapshot
 
 # %% ../../nbs/serve/06_hard_batch.ipynb #0e1fc560
-_WIDER = 4  # the active choice is made among so many times as many as are wanted
+_NEARLY = 0.9  # of the priority that the last one has if the hardest are taken: others so hard may take its place
 
 
 def _spread(store: Store, found: pd.DataFrame, n: int, seed: int, embed: Embed | None) -> pd.DataFrame:
-    """n of the hardest rows that differ among themselves, hardest first."""
-    near = found.head(n * _WIDER)
-    if len(near) <= n:
-        return near
+    """n of the hardest rows, among nearly equal ones those that differ among themselves; hardest first."""
+    if len(found) <= n or n == 0:
+        return found.head(n)
+    near = found[found["priority"] >= _NEARLY * found["priority"].iloc[n - 1]].head(4 * n)
     features = answer_differences(store, near["comparison_id"].tolist(), embed=embed)
     return near.iloc[np.sort(select_pairs(features, n, "information", seed, ridge=0.1))]
 
