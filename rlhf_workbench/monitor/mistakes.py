@@ -147,6 +147,7 @@ def _plain(value: Any) -> Any:
 def _as_records(rows: pd.DataFrame, model_id: str, space: TextSpace, run_id: str | None) -> list[Mistake]:
     """Rows of mistakes as records."""
     vectors = pair_vectors(space, rows["prompt"].tolist(), rows["first"].tolist(), rows["second"].tolist())
+    named: list[Any] = list(rows.itertuples(index=False))
     return [
         Mistake(
             model_id=model_id,
@@ -159,7 +160,7 @@ def _as_records(rows: pd.DataFrame, model_id: str, space: TextSpace, run_id: str
             context=_context(row, space.id),
             run_id=run_id,
         )
-        for row, vector in zip(rows.itertuples(index=False), vectors, strict=True)
+        for row, vector in zip(named, vectors, strict=True)
     ]
 
 
@@ -193,7 +194,7 @@ def _withdrawals(known: dict[str, Mistake], rows: pd.DataFrame, run_id: str | No
     gone = [m for m in known.values() if m.comparison_id in right.index and not is_withdrawn(m)]
     made = []
     for old in gone:
-        now = right.loc[old.comparison_id]
+        now: Any = right.loc[old.comparison_id]
         fields = {name: float(now[name]) for name in ("p_first", "first_is_better")}
         made.append(
             correction(old, **fields, surprise=0.0, run_id=run_id, context=old.context | {"is_withdrawn": True})

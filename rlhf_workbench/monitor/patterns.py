@@ -58,7 +58,7 @@ def describe_pattern(
     texts = np.array(pattern_texts(rows), dtype=object)
     people, model = _chosen_texts(rows[members])
     found = {
-        "words": distinctive_words(texts[members], texts[~inside]),
+        "words": distinctive_words(texts[members].tolist(), texts[~inside].tolist()),
         "people_prefer": distinctive_words(people, model),
         "model_prefers": distinctive_words(model, people),
     }
@@ -244,7 +244,8 @@ def pattern_page(
     )
     head = f"<h4>{html.escape(pattern.name)}</h4><p>{pattern.status}; {rates}.</p>"
     cells = []
-    for row in pattern_examples(store, pattern).itertuples(index=False):
+    examples: list[Any] = list(pattern_examples(store, pattern).itertuples(index=False))
+    for row in examples:
         texts = [t if len(t) <= longest else t[:longest] + "…" for t in (row.prompt, row.first, row.second)]
         values = [*texts, f"{row.p_first:.2f}", f"{row.first_is_better:.2f}"]
         cells.append("<tr>" + "".join(f"<td>{html.escape(value)}</td>" for value in values) + "</tr>")

@@ -31,7 +31,7 @@ from ..train.curriculum import curriculum_order, difficulty
 from ..train.data import read_snapshot
 
 # %% ../../nbs/serve/06_hard_batch.ipynb #0e1fc560
-_NEARLY = 0.9  # of the priority that the last one has if the hardest are taken: others so hard may take its place
+_NEARLY = 0.97  # of the priority that the last one has if the hardest are taken: others so hard may take its place
 
 
 def _spread(store: Store, found: pd.DataFrame, n: int, seed: int, embed: Embed | None) -> pd.DataFrame:
@@ -40,7 +40,8 @@ def _spread(store: Store, found: pd.DataFrame, n: int, seed: int, embed: Embed |
         return found.head(n)
     near = found[found["priority"] >= _NEARLY * found["priority"].iloc[n - 1]].head(4 * n)
     features = answer_differences(store, near["comparison_id"].tolist(), embed=embed)
-    return near.iloc[np.sort(select_pairs(features, n, "information", seed, ridge=0.1))]
+    spread: pd.DataFrame = near.iloc[np.sort(select_pairs(features, n, "information", seed, ridge=0.1))]
+    return spread
 
 
 def choose_batch(
@@ -82,7 +83,7 @@ def enqueue_hard_batch(
 ) -> dict[str, Any]:  # items first; how many are mistakes, similar to mistakes, of each pattern
     """Queue a model's mistakes and pairs like them; raises `StateError` when all of them wait there already."""
     with store.transaction():
-        chosen = {"size": size, "seed": seed, "queue": queue, "share_new": share_new, "half_life": half_life}
+        chosen: dict[str, Any] = {"size": size, "seed": seed, "queue": queue, "share_new": share_new, "half_life": half_life}
         batch = choose_batch(store, model_id, **chosen)
         if batch.empty:
             raise StateError(f"everything hard waits in queue {queue!r} already; let people answer it first")
