@@ -83,7 +83,13 @@ def enqueue_hard_batch(
 ) -> dict[str, Any]:  # items first; how many are mistakes, similar to mistakes, of each pattern
     """Queue a model's mistakes and pairs like them; raises `StateError` when all of them wait there already."""
     with store.transaction():
-        chosen: dict[str, Any] = {"size": size, "seed": seed, "queue": queue, "share_new": share_new, "half_life": half_life}
+        chosen: dict[str, Any] = {
+            "size": size,
+            "seed": seed,
+            "queue": queue,
+            "share_new": share_new,
+            "half_life": half_life,
+        }
         batch = choose_batch(store, model_id, **chosen)
         if batch.empty:
             raise StateError(f"everything hard waits in queue {queue!r} already; let people answer it first")
