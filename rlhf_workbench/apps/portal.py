@@ -230,4 +230,6 @@ def pane_of(
     if isinstance(content, str):
         return pn.pane.HTML(content, sizing_mode="stretch_width", margin=0, stylesheets=[_INNER])
     clip = {"clip-path": "inset(-300px -300px -300px 1px)"}  # Bokeh does not clear the first pixel column
-    return pn.pane.HoloViews(content, sizing_mode="stretch_width", height=height, margin=0, linked_axes=False, styles=clip)
+    return pn.pane.HoloViews(
+        content, sizing_mode="stretch_width", height=height, margin=0, linked_axes=False, styles=clip
+    )
