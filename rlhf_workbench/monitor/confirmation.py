@@ -98,7 +98,8 @@ def effect_size(
 
 # %% ../../nbs/monitor/24_confirmation.ipynb #8cc664db
 _SHARE = 5  # an alarm takes this part of the budget
-_BLOCK = 512
+_BLOCK = 512  # values that are looked at together: what is computed for them fits into the cache
+_PORTION = 100 * _BLOCK
 _MOVING = 3.0  # nats that say that the level still moves
 _HOLD = 200, 500  # values that a level must hold for, at least and at most
 
@@ -163,7 +164,12 @@ class ChangeWatch:
         values: npt.ArrayLike,  # m that come next
     ) -> list[Notice]:  # in order
         """Take the next values; raises `InputError` when one cannot be watched, and then takes none."""
-        ready = self._on_scale(self._checked(np.atleast_1d(np.asarray(values, dtype=np.float64))))
+        checked = self._checked(np.atleast_1d(np.asarray(values, dtype=np.float64)))
+        portions = (checked[start : start + _PORTION] for start in range(0, len(checked), _PORTION))
+        return [notice for portion in portions for notice in self._follow(self._on_scale(portion))]
+
+    def _follow(self, ready: Floats) -> list[Notice]:
+        """What there is to say about the next values."""
         notices: list[Notice] = []
         while len(ready):
             block = ready[:_BLOCK]
