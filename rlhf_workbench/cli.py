@@ -19,6 +19,7 @@ import click
 from .commands.access import member, token
 from .commands.audit import audit
 from .commands.doctor import doctor
+from .commands.drift import drift
 from .commands.plugins import plugins
 from .commands.serve import serve
 from .commands.store import KEY_FILE, need_key, store_group
@@ -309,6 +310,8 @@ app.sections["Tell"] = ["webhook", "alert"]
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
+app.add_command(drift)
+app.sections.setdefault("Watch", []).append("drift")
 
 # %% ../nbs/cli.ipynb #413ed5c4
 def main(

@@ -78,8 +78,9 @@ def _in_words(facts: dict[str, Any]) -> str:
 # %% ../../nbs/commands/11_drift.ipynb #7ef3bef9
 def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed: int) -> tuple[dict[str, Any], str]:
     """The facts about two tables, and the same in words."""
-    from rlhf_workbench.monitor.stream_files import read_rows
     from rlhf_workbench.monitor.table_drift import compare_tables
+
+    from rlhf_workbench.monitor.stream_files import read_rows
 
     begin = time.perf_counter()
     names = [name.strip() for name in features.split(",")] if features else None
@@ -110,16 +111,16 @@ def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed
 @click.option("--reference", type=FILE, help="A file to compare with; with --error: the quiet period.")
 @click.option("--features", help="Columns to compare, with commas; default: all that both files have.")
 @click.option("--fdr", type=float, default=0.05, show_default=True, help="False discovery rate over the features.")
-def drift(file: Path, error: str | None, store: Path, as_json: bool, **options: Any) -> None:
+def drift(file: Path, error: str | None, store: Path, seed: int, as_json: bool, **options: Any) -> None:
     """Find what changed in a stream of errors or scores, or between two tables.
 
     Example: rlhfw drift predictions.csv --error wrong --budget 1e-4
     """
     existing_file(file)
     if error is not None:
-        facts, text = _watch(file, error, options)
+        facts, text = _watch(file, error, options | {"seed": seed})
     elif options["reference"] is not None:
-        facts, text = _compare(file, options["reference"], options["features"], options["fdr"], options["seed"])
+        facts, text = _compare(file, options["reference"], options["features"], options["fdr"], seed)
     else:
         raise InputError("nothing to look for: name the column to watch with --error, or a file with --reference")
     say(as_json, facts, text)

@@ -252,7 +252,8 @@ class ChangeWatch:
 
     def _settle(self, evidence: float) -> list[Notice]:
         """Follow a level that still moves; tell when it has held."""
-        assert self._change is not None and self._before is not None
+        assert self._change is not None
+        assert self._before is not None
         is_late = self.seen - self._change.index > 8 * self._hold
         if evidence >= _MOVING and not is_late:
             self._stretch.begin(0)
