@@ -78,9 +78,8 @@ def _in_words(facts: dict[str, Any]) -> str:
 # %% ../../nbs/commands/11_drift.ipynb #7ef3bef9
 def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed: int) -> tuple[dict[str, Any], str]:
     """The facts about two tables, and the same in words."""
-    from rlhf_workbench.monitor.table_drift import compare_tables
-
     from rlhf_workbench.monitor.stream_files import read_rows
+    from rlhf_workbench.monitor.table_drift import compare_tables
 
     begin = time.perf_counter()
     names = [name.strip() for name in features.split(",")] if features else None
@@ -88,9 +87,9 @@ def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed
     facts = compare_tables(old, new, features=names, fdr=fdr, seed=seed).to_json()
     facts["seconds"] = round(time.perf_counter() - begin, 3)
     lines = [
-        f"{one['name']}: {one['test']}, effect {one['effect']:.2f}, p {one['p_adjusted']:.2g}"
+        f"{one['feature']}: {one['test']}, effect {one['effect']:.2f}, q {one['q']:.2g}"
         for one in facts["features"]
-        if one["name"] in facts["drifted"]
+        if one["is_drifted"]
     ]
     count = f"{len(facts['drifted'])} of {len(facts['features'])} features changed"
     return facts, "\n".join([*lines, f"{count}; {facts['n_reference']} rows against {facts['n']}", *facts["notes"]])

@@ -53,7 +53,8 @@ def read_rows(
         if missing := [name for name in columns or [] if name not in known]:
             raise InputError(f"{path.name} has no column {', '.join(missing)}; it has {', '.join(known)}")
         table = _read_arrow(path, columns)
-        return (table.select(columns) if columns else table).to_pandas()
+        rows: pd.DataFrame = (table.select(columns) if columns else table).to_pandas()
+        return rows
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, InputError):
             raise
