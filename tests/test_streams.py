@@ -204,7 +204,7 @@ def test_a_gradual_change_raises_one_alarm() -> None:
     for seed in range(5):
         stream = simulate_stream("gradual", seed, levels=(0.1, 0.5), segment=2500, width=1000)
         alarms, _ = find_changes(stream.errors, ChangeWatch(k=1))
-        assert len([a for a in alarms if 2500 <= a.index and a.direction == "rise"]) == 1
+        assert len([a for a in alarms if a.index >= 2500 and a.direction == "rise"]) == 1
 
 
 def test_a_model_that_learns_again_is_a_recovery_and_no_second_alarm() -> None:
