@@ -20,6 +20,7 @@ from .commands.access import member, token
 from .commands.audit import audit
 from .commands.chart import chart
 from .commands.doctor import doctor
+from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
 from .commands.store import KEY_FILE, need_key, store_group
@@ -295,6 +296,9 @@ def reject(proposal: str, reason: str, actor: str, store: Path, as_json: bool) -
 app.add_command(serve)
 app.sections["Look"] = ["serve"]
 
+
+app.add_command(mistakes)
+app.sections.setdefault("Watch", []).append("mistakes")
 
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]
