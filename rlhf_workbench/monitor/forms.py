@@ -19,7 +19,7 @@ import pandas as pd
 
 from ..core.errors import InputError
 from ..core.settings import needs_extra
-from .detectors import adjust_p_values
+from .multiplicity import adjust_p_values
 from .traits import LENGTH, TraitPairs, trait_support
 
 # %% ../../nbs/monitor/73_forms.ipynb #9812bec0
