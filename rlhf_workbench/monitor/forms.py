@@ -70,16 +70,19 @@ def penalised_weights(
         from sklearn.linear_model import LogisticRegression
     scale = np.maximum(np.sqrt((design**2).mean(axis=0)), 1e-12)
     unit, n = design / scale, len(design)
+    flips = np.where(
+        np.arange(n) % 2 == 0, 1.0, -1.0
+    )  # every other pair turned around, or there might be one class only
     residual = p_first - win_probability(unit[:, :1] @ newton_weights(unit[:, :1], p_first, ridge=1.0))
     scores = _by_cluster(codes, unit * residual[:, None])[:, 1:]
     signs = np.random.default_rng(seed).normal(size=(500, len(scores)))
     level = max(float(np.quantile(np.abs(signs @ scores).max(axis=1), 0.95)), 1e-6)
     unit[:, 0] *= _FREE
+    unit, won = unit * flips[:, None], np.where(flips > 0, p_first, 1 - p_first)
     model = LogisticRegression(
         l1_ratio=1, solver="liblinear", C=1 / level, fit_intercept=False, max_iter=1000, tol=1e-5
     )
-    sure = np.concatenate([p_first, 1 - p_first])
-    model.fit(np.vstack([unit, unit]), np.repeat([1, 0], n), sample_weight=sure)
+    model.fit(np.vstack([unit, unit]), np.repeat([1, 0], n), sample_weight=np.concatenate([won, 1 - won]))
     weights = model.coef_[0].copy()
     weights[0] *= _FREE
     return np.asarray(weights / scale)

@@ -25,11 +25,11 @@ _SLANG = re.compile(
     any_of(
         "gonna, wanna, gotta, kinda, sorta, yeah, yep, nope, ok, okay, lol, omg, btw, dude, guys, cool, awesome, stuff, ya,"
         "huh, wow, hey, hi, cuz, cause, ain't, y'all, super, totally, pretty much, a lot, lots of, no way, big deal, u, thx"
-    ),
-    re.IGNORECASE,
+    )
 )
-_CONTRACTION = re.compile(r"['’](?:s|t|re|ve|ll|d|m)\b", re.IGNORECASE)
-_NOUNISH = re.compile(r"(?:tion|sion|ment|ness|ity|ance|ence|ism)s?$")
+_CONTRACTION = re.compile(r"['’](?:s|t|re|ve|ll|d|m)\b")
+_ABSTRACT = tuple(f"{end}{plural}" for end in "tion sion ment ness ity ance ence ism".split() for plural in ("", "s"))
+_WE_TWO = re.compile(r"\b(?:i|you|me|my|your)\b")
 HABITS = (
     *("contractions", "slang", "long words", "word length", "abstract nouns"),
     *("I and you", "exclamations", "lower-case starts"),
@@ -41,16 +41,17 @@ def style_habits(
 ) -> npt.NDArray[np.float64]:  # (8,) in the order of `HABITS`
     """The habits of style of a text."""
     read = text[:MOST_CHARACTERS]
+    lower = read.lower()
     said, parts = words(read) or ("",), sentences(read) or ("",)
     n, m = len(said), len(parts)
     return np.array(
         [
-            len(_CONTRACTION.findall(read)) / n,
-            len(_SLANG.findall(read)) / n,
+            len(_CONTRACTION.findall(lower)) / n,
+            len(_SLANG.findall(lower)) / n,
             sum(len(word) >= 7 for word in said) / n,
             sum(map(len, said)) / n,
-            sum(_NOUNISH.search(word) is not None for word in said) / n,
-            sum(word.split("'")[0] in ("i", "you", "me", "my", "your") for word in said) / n,
+            sum(word.endswith(_ABSTRACT) for word in said) / n,
+            len(_WE_TWO.findall(lower)) / n,
             read.count("!") / m,
             sum(part[0].islower() for part in parts if part) / m,
         ]

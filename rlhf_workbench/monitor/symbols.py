@@ -63,30 +63,30 @@ class RuleSymbol:
 
 
 def there(
-    pattern: str,
+    pattern: str,  # of lower-case text
     within: int = MOST_CHARACTERS,  # characters from the beginning of the answer
 ) -> Measure:  # 0 or 1
-    """Whether a pattern is in the answer; case does not matter."""
-    find = re.compile(pattern, re.IGNORECASE | re.MULTILINE).search
-    return lambda _, answer: float(find(answer[:within]) is not None)
+    """Whether a pattern is in the answer."""
+    find = re.compile(pattern, re.MULTILINE).search
+    return lambda _, answer: float(find(answer[:within].lower()) is not None)
 
 
 def times(
-    pattern: str,
+    pattern: str,  # of lower-case text
     full: float,  # hits that make 1
 ) -> Measure:
     """How often a pattern is in the answer."""
-    find = re.compile(pattern, re.IGNORECASE | re.MULTILINE).findall
-    return lambda _, answer: len(find(answer)) / full
+    find = re.compile(pattern, re.MULTILINE).findall
+    return lambda _, answer: len(find(answer.lower())) / full
 
 
 def per_hundred(
-    pattern: str,
+    pattern: str,  # of lower-case text
     full: float,  # hits in a hundred words that make 1
 ) -> Measure:
     """How dense a pattern is in the answer."""
-    find = re.compile(pattern, re.IGNORECASE | re.MULTILINE).findall
-    return lambda _, answer: 100 * len(find(answer)) / max(1, len(words(answer))) / full
+    find = re.compile(pattern, re.MULTILINE).findall
+    return lambda _, answer: 100 * len(find(answer.lower())) / max(1, len(words(answer))) / full
 
 
 def any_of(
@@ -177,7 +177,7 @@ _SPEECH = [
     RuleSymbol(
         "first-person",
         "I, me, my, mine",
-        per_hundred(r"\b(?:I|me|my|mine|myself)\b(?!\.\w)", full=6),
+        per_hundred(r"\b(?:i|me|my|mine|myself)\b(?!\.\w)", full=6),
         [(_Q, "I boil mine for eight minutes."), (_Q, "In my kitchen I wait for eight minutes."), (_Q, "I'd say eight.")],
         [(_Q, "Eight minutes."), (_Q, "You boil it for eight minutes."), (_Q, "Mining takes longer; the egg needs eight minutes.")],
     ),
@@ -301,6 +301,15 @@ def _numbers(prompt: str, answer: str) -> float:
     return _figures(prompt, re.sub(_ITEM, "", answer, flags=re.MULTILINE))
 
 
+_source = there(r"https?://|\bwww\.|\[\d{1,3}\]|\b(?:doi|arxiv):|\bet al\b|\baccording to\b")
+_author_year = re.compile(r"\([A-Z][^()\n]{0,60}\b(?:19|20)\d\d\)")
+
+
+def _cites(prompt: str, answer: str) -> float:
+    """Whether a source is named."""
+    return max(_source(prompt, answer), float(_author_year.search(answer) is not None))
+
+
 _EMOJI = "[\U0001f300-\U0001faff\u2600-\u27bf]"
 _LOOKS = [
     RuleSymbol(
@@ -334,10 +343,7 @@ _LOOKS = [
     RuleSymbol(
         "cites",
         "addresses, references in brackets, according to",
-        there(
-            r"https?://|\bwww\.|\[\d{1,3}\]|\b(?:doi|arxiv):|\bet al\b|\baccording to\b"
-            r"|\((?-i:[A-Z])[^()\n]{0,60}\b(?:19|20)\d\d\)"
-        ),
+        _cites,
         [(_Q, "See https://example.org/egg."), (_Q, "According to McGee, eight minutes."), (_Q, "Yolk sets at 68 °C (Vega, 2010).")],
         [(_Q, "Eight minutes."), (_Q, "Since 1950 they are boiled."), (_Q, "Boil it (for long).")],
     ),
