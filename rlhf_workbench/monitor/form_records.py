@@ -12,6 +12,7 @@ __all__ = ['model_pairs', 'dataset_pairs', 'askable_pairs', 'pairs_hash', 'sourc
 import hashlib
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import numpy as np
@@ -108,10 +109,11 @@ def _moment(text: str | None) -> str | None:
     """A moment that the database reads as UTC; raises `InputError` when it is none."""
     if text is None:
         return None
-    stamp = pd.to_datetime(text, utc=True, errors="coerce")
-    if pd.isna(stamp):
-        raise InputError(f"{text!r} is no moment; write a date such as 2026-11-01 or 2026-11-01T08:30")
-    return str(stamp.isoformat())
+    try:
+        stamp = datetime.fromisoformat(text.strip())
+    except ValueError:
+        raise InputError(f"{text!r} is no moment; write a date such as 2026-11-01 or 2026-11-01T08:30") from None
+    return (stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).isoformat()
 
 
 def askable_pairs(

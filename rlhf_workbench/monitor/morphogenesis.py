@@ -121,7 +121,7 @@ def _common_forms(sides: list[TraitPairs], seed: int) -> tuple[list[FittedForm],
     """Both forms on the traits that both can measure, and why the others are not among them."""
     names = [name for name in sides[0].differences if name in sides[1].differences]
     sides = [replace(side, differences=side.differences[names]) for side in sides]
-    forms = [fit_form(side, seed=seed) for side in sides]
+    forms = [fit_form(side, seed=seed, is_explained=False) for side in sides]
     reasons = {
         name: f"in the {which}, {form.table.loc[name, 'reason']}"
         for form, which in zip(forms, ("reference", "current pairs"), strict=True)
@@ -133,7 +133,7 @@ def _common_forms(sides: list[TraitPairs], seed: int) -> tuple[list[FittedForm],
         raise InputError(f"no trait is measurable on both sides; {next(iter(reasons.values()), 'no trait is on both')}")
     kept = [replace(side, differences=side.differences[common]) for side in sides]
     if len(common) < len(names):
-        forms = [fit_form(side, seed=seed) for side in kept]
+        forms = [fit_form(side, seed=seed, is_explained=False) for side in kept]
     return forms, kept, reasons
 
 
@@ -209,7 +209,7 @@ def follow_forms(
     """The forms of versions, and what changed from each to the next."""
     if len(versions) < 2:
         raise InputError(f"a path needs at least 2 versions, got {len(versions)}; measure another one")
-    path = path_rows({name: fit_form(pairs, seed=seed) for name, pairs in versions.items()})
+    path = path_rows({name: fit_form(pairs, seed=seed, is_explained=False) for name, pairs in versions.items()})
     steps = []
     for (old, one), (new, other) in pairwise(versions.items()):
         change = form_change(one, other, seed=seed, permutations=permutations)

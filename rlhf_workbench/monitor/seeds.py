@@ -28,7 +28,9 @@ _SLANG = re.compile(
     )
 )
 _CONTRACTION = re.compile(r"['’](?:s|t|re|ve|ll|d|m)\b")
-_ABSTRACT = tuple(f"{end}{plural}" for end in "tion sion ment ness ity ance ence ism".split() for plural in ("", "s"))
+_ABSTRACT = tuple(
+    end + plural for end in ("tion", "sion", "ment", "ness", "ity", "ance", "ence", "ism") for plural in ("", "s")
+)
 _WE_TWO = re.compile(r"\b(?:i|you|me|my|your)\b")
 HABITS = (
     *("contractions", "slang", "long words", "word length", "abstract nouns"),

@@ -84,9 +84,9 @@ def per_hundred(
     pattern: str,  # of lower-case text
     full: float,  # hits in a hundred words that make 1
 ) -> Measure:
-    """How dense a pattern is in the answer."""
+    """How dense a pattern is in the answer; one of fewer than 25 words counts as 25, lest one hit be everything."""
     find = re.compile(pattern, re.MULTILINE).findall
-    return lambda _, answer: 100 * len(find(answer.lower())) / max(1, len(words(answer))) / full
+    return lambda _, answer: 100 * len(find(answer.lower())) / max(25, len(words(answer))) / full
 
 
 def any_of(
@@ -112,7 +112,7 @@ def _concise(prompt: str, answer: str) -> float:
 
 
 _HEDGES = any_of(
-    "perhaps, maybe, might, may, could be, possibly, probably, likely, it seems, seems to, appears to, i think, i believe,"
+    "perhaps, maybe, might, may be, may have, could be, possibly, probably, likely, it seems, seems to, appears to, i think, i believe,"
     "i guess, i suppose, not sure, i'm not certain, it depends, in some cases, tends to, tend to, generally, often, somewhat"
 )
 _CERTAIN = any_of(

@@ -76,7 +76,7 @@ def check_pairs(
             raise InputError(f"{name} must be text in every row, got {type(bad).__name__}; leave such rows out")
     p = pd.to_numeric(pairs["p_first"], errors="coerce").to_numpy(np.float64)
     if not ((p >= 0) & (p <= 1)).all():
-        odd = pairs["p_first"].to_numpy()[~((p >= 0) & (p <= 1))][0]
+        odd = pairs["p_first"].tolist()[int(np.argmin((p >= 0) & (p <= 1)))]
         raise InputError(f"p_first must be from 0 to 1 in every row, got {odd!r}; it is P(first is better)")
     cluster = pairs["cluster"] if "cluster" in pairs else pairs["prompt"]
     ids = pairs["comparison_id"] if "comparison_id" in pairs else pd.Series([None] * len(pairs), dtype=object)
