@@ -19,6 +19,7 @@ import click
 from .commands.access import member, token
 from .commands.audit import audit
 from .commands.doctor import doctor
+from .commands.form import form
 from .commands.plugins import plugins
 from .commands.serve import serve
 from .commands.store import KEY_FILE, need_key, store_group
@@ -306,6 +307,8 @@ app.sections["Let in"] = ["token", "member"]
 app.add_command(webhook)
 app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
+app.add_command(form)
+app.sections.setdefault("Watch", []).append("form")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]

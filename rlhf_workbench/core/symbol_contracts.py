@@ -31,7 +31,7 @@ def symbol_from_zero_to_one(make: Maker) -> None:
     for text in _TEXTS:
         found = part.measure("Why?", text)
         is_good = isinstance(found, float | int | np.number) and not isinstance(found, bool) and 0 <= found <= 1
-        promise(is_good, f"{text!r:.40} gave {found!r:.40}")
+        promise(bool(is_good), f"{text!r:.40} gave {found!r:.40}")
 
 
 @contract("symbol")

@@ -119,7 +119,7 @@ def _as_traits(pairs: pd.DataFrame | TraitPairs, vocabulary: Vocabulary | None) 
 
 def _common_forms(sides: list[TraitPairs], seed: int) -> tuple[list[FittedForm], list[TraitPairs], dict[str, str]]:
     """Both forms on the traits that both can measure, and why the others are not among them."""
-    names = [name for name in sides[0].differences if name in sides[1].differences]
+    names = [str(name) for name in sides[0].differences if name in sides[1].differences]
     sides = [replace(side, differences=side.differences[names]) for side in sides]
     forms = [fit_form(side, seed=seed, is_explained=False) for side in sides]
     reasons = {
@@ -228,7 +228,7 @@ def plot_path(
     with needs_extra("monitor"):
         from matplotlib.figure import Figure
     versions = list(dict.fromkeys(path["version"]))
-    cells = path.pivot_table(index="trait", columns="version", values=["weight", "low", "high"], sort=False)
+    cells: Any = path.pivot_table(index="trait", columns="version", values=["weight", "low", "high"], sort=False)
     weights = cells["weight"].reindex(columns=versions)
     moved = (weights.max(axis=1) - weights.min(axis=1)).sort_values(ascending=False).index[:most]
     fig = Figure(figsize=(8, max(2.6, 0.9 + 0.17 * len(weights))), layout="constrained")
@@ -242,9 +242,7 @@ def plot_path(
     left.set_ylabel("log odds", fontsize=8)
     left.legend(fontsize=7)
     largest = float(np.nanmax(np.abs(weights.to_numpy()))) or 1.0
-    image = right.imshow(
-        np.ma.masked_invalid(weights.to_numpy()), cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto"
-    )
+    image = right.imshow(weights.to_numpy(), cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
     right.set_facecolor("lightgrey")
     right.set_yticks(np.arange(len(weights)), [plain_label(name) for name in weights.index], fontsize=6)
     fig.colorbar(image, ax=right).ax.tick_params(labelsize=6)

@@ -145,7 +145,7 @@ class Batch:
         return asdict(self) | {"comparison_ids": list(self.comparison_ids)}
 
 
-def _largest(judged: pd.DataFrame, available: list[str]) -> tuple[str, pd.Series] | None:
+def _largest(judged: pd.DataFrame, available: list[str]) -> tuple[str, Any] | None:
     """The change to reflect on: unwanted before unexplained, the larger shift first."""
     for verdict in VERDICTS:
         found = judged[(judged["verdict"] == verdict) & judged.index.isin(available)]

@@ -137,7 +137,7 @@ def measure_pairs(
     rows = rows[~is_equal].reset_index(drop=True)
     if rows.empty:
         raise InputError(f"in all {len(pairs)} pairs both answers are the same text; needs pairs that differ")
-    sides = [measure_traits(rows["prompt"], rows[side], vocabulary) for side in ("first", "second")]
+    sides = [measure_traits(rows["prompt"].tolist(), rows[side].tolist(), vocabulary) for side in ("first", "second")]
     counts = [np.array([1 + len(words(text)) for text in rows[side]]) for side in ("first", "second")]
     ids = tuple(value if isinstance(value, str) else None for value in rows["comparison_id"])
     lengths = np.log2(counts[0] / counts[1])
@@ -204,7 +204,7 @@ def _independent(pairs: TraitPairs, traits: list[str]) -> tuple[list[str], dict[
     return [name for name in kept if name != LENGTH], twins
 
 
-def _inflation(pairs: TraitPairs, traits: list[str]) -> tuple["pd.Series[float]", "pd.Series[str]"]:
+def _inflation(pairs: TraitPairs, traits: list[str]) -> tuple[Any, Any]:
     """Variance inflation of each trait, and what it goes with most."""
     cosines = _cosines(pairs, traits)
     if np.abs(pairs.lengths).max() == 0:
