@@ -123,7 +123,7 @@ def _common_forms(sides: list[TraitPairs], seed: int) -> tuple[list[FittedForm],
     sides = [replace(side, differences=side.differences[names]) for side in sides]
     forms = [fit_form(side, seed=seed, is_explained=False) for side in sides]
     reasons = {
-        name: f"in the {which}, {form.table.loc[name, 'reason']}"
+        name: f"in the {which}, {form.table['reason'].to_dict()[name]}"
         for form, which in zip(forms, ("reference", "current pairs"), strict=True)
         for name in names
         if name not in form.measurable()
