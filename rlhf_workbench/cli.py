@@ -21,6 +21,7 @@ from .commands.audit import audit
 from .commands.chart import chart
 from .commands.doctor import doctor
 from .commands.drift import drift
+from .commands.form import form
 from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
@@ -299,9 +300,9 @@ app.sections["Look"] = ["serve"]
 
 
 app.add_command(mistakes)
+app.sections.setdefault("Watch", []).append("mistakes")
 app.add_command(drift)
 app.sections.setdefault("Watch", []).append("drift")
-app.sections.setdefault("Watch", []).append("mistakes")
 
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]
@@ -316,6 +317,8 @@ app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
 app.add_command(chart)
 app.sections.setdefault("Watch", []).append("chart")
+app.add_command(form)
+app.sections.setdefault("Watch", []).append("form")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
