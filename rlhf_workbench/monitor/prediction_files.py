@@ -84,11 +84,8 @@ def _batches(path: Path, columns: Sequence[str] | None) -> Any:
         import pyarrow.parquet
 
         file = pyarrow.parquet.ParquetFile(path)
-        return pa.RecordBatchReader.from_batches(file.schema_arrow, file.iter_batches()) if columns is None else (
-            pa.RecordBatchReader.from_batches(
-                pa.schema([file.schema_arrow.field(c) for c in columns]), file.iter_batches(columns=list(columns))
-            )
-        )
+        schema = file.schema_arrow if columns is None else pa.schema([file.schema_arrow.field(c) for c in columns])
+        return pa.RecordBatchReader.from_batches(schema, file.iter_batches(columns=schema.names))
     if name.endswith(".csv"):
         import pyarrow.csv
 
