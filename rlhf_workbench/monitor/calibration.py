@@ -6,8 +6,9 @@ Docs: https://OWNER.github.io/rlhf_workbench/monitor/calibration.html.md"""
 
 # %% auto #0
 __all__ = ['Floats', 'Ints', 'REPORTED', 'pair_probabilities', 'check_probabilities', 'top_confidence', 'reliability_table',
-           'ece', 'adaptive_ece', 'mce', 'brier', 'nll', 'debiased_ece', 'debiased_rms', 'chance_ece', 'ece_interval',
-           'mean_interval', 'scale_probabilities', 'fit_temperature', 'plot_reliability', 'reliability_diagram']
+           'wilson_interval', 'ece', 'adaptive_ece', 'mce', 'brier', 'nll', 'debiased_ece', 'debiased_rms',
+           'chance_ece', 'ece_interval', 'mean_interval', 'scale_probabilities', 'fit_temperature', 'plot_reliability',
+           'reliability_diagram']
 
 # %% ../../nbs/monitor/01_calibration.ipynb #1729592f
 import math
@@ -101,11 +102,14 @@ def reliability_table(
     filled = n > 0
     table = pd.DataFrame({"lo": edges[:-1], "hi": edges[1:], "n": n.astype(int)})[filled]
     table["confidence"], table["accuracy"] = sure[filled] / n[filled], hits[filled] / n[filled]
-    table["accuracy_lo"], table["accuracy_hi"] = _wilson(table["accuracy"].to_numpy(), n[filled])
+    table["accuracy_lo"], table["accuracy_hi"] = wilson_interval(table["accuracy"].to_numpy(), n[filled])
     return table.reset_index(drop=True)
 
 
-def _wilson(share: Floats, n: Floats) -> tuple[Floats, Floats]:
+def wilson_interval(
+    share: Floats,  # m shares
+    n: Floats,  # m counts that they are of
+) -> tuple[Floats, Floats]:  # m lower and m upper ends
     """The 95 % interval of a share (Wilson 1927)."""
     z = 1.959964
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
