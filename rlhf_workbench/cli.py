@@ -18,6 +18,7 @@ import click
 
 from .commands.access import member, token
 from .commands.audit import audit
+from .commands.calibrate import calibrate
 from .commands.doctor import doctor
 from .commands.plugins import plugins
 from .commands.serve import serve
@@ -309,6 +310,8 @@ app.sections["Tell"] = ["webhook", "alert"]
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
+app.add_command(calibrate)
+app.sections.setdefault("Watch", []).append("calibrate")
 
 # %% ../nbs/cli.ipynb #413ed5c4
 def main(

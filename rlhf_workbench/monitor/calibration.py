@@ -228,6 +228,13 @@ def _cells(confidence: Floats, right: Floats) -> tuple[Floats, Floats, Floats]:
     return n[n > 0].astype(np.float64), sure, hits
 
 
+def _redraw(n: Floats, total: int, rng: np.random.Generator) -> Floats:
+    """How often each cell is drawn when as many rows are drawn as there are."""
+    if len(n) == total:
+        return np.asarray(np.bincount(rng.integers(0, total, total), minlength=total), dtype=np.float64)
+    return np.asarray(rng.multinomial(total, n / total), dtype=np.float64)
+
+
 def _weighted_ece(weights: Floats, confidence: Floats, right: Floats, edges: Floats) -> float:
     """The expected calibration error when each cell counts so often."""
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
@@ -264,8 +271,8 @@ def ece_interval(
     found = _ece(confidence, right, edges)
     n, sure, hits = _cells(confidence, right)
     rng = np.random.default_rng(seed)
-    counts = (1.0 * rng.multinomial(len(right), n / len(right)) for _ in range(draws))
-    lo, hi = np.quantile([_weighted_ece(count, sure, hits, edges) for count in counts], [0.025, 0.975])
+    resampled = (_weighted_ece(_redraw(n, len(right), rng), sure, hits, edges) for _ in range(draws))
+    lo, hi = np.quantile(list(resampled), [0.025, 0.975])
     chance = chance_ece(probs, labels, seed=seed, draws=draws)[1]
     if found <= chance:
         return 0.0, float(max(2 * found - lo, chance))

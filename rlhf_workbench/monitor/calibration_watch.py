@@ -9,6 +9,7 @@ __all__ = ['READINGS', 'calibration_windows', 'CalibrationWatch', 'watch_calibra
 
 # %% ../../nbs/monitor/18_calibration_watch.ipynb #fbfc6586
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -35,16 +36,17 @@ def calibration_windows(
     *,
     window: int = 200,  # rows, at least 20
     seed: int = 0,
-) -> pd.DataFrame:  # a row a window: start, end, n, accuracy, confidence, gap, gap_lo, gap_hi, ece, ece_lo, ece_hi, debiased_ece
+) -> (
+    pd.DataFrame
+):  # a row a window: start, end, n, accuracy, confidence, gap, gap_lo, gap_hi, ece, ece_lo, ece_hi, debiased_ece
     """Measure calibration piece by piece; raises `InputError` when there are fewer rows than a window."""
     confidence, right = top_confidence(*pair_probabilities(p_first, is_first_better))
     if window < 20 or len(right) < window:
         raise InputError(f"not enough data: {len(right)} rows in windows of {window}; needs a window, of at least 20")
     probs, labels = pair_probabilities(p_first, is_first_better)
-    borders = [*range(0, len(right) - window // 2, window)]
-    borders = [*borders[:-1], borders[-1], len(right)]
+    borders = [*range(0, len(right) - window // 2, window), len(right)]
     rows = []
-    for start, end in zip(borders[:-1], borders[1:], strict=True):
+    for start, end in pairwise(borders):
         part = slice(start, end)
         gap, spread = confidence[part] - right[part], ece_interval(probs[part], labels[part], seed=seed)
         figures = (end - start, right[part].mean(), confidence[part].mean(), gap.mean(), *mean_interval(gap, seed=seed))
@@ -56,7 +58,9 @@ def calibration_windows(
 
 # %% ../../nbs/monitor/18_calibration_watch.ipynb #d115ef1c
 _STAKES = np.array([0.15, 0.35, 0.7])
-_SIGNS = np.array([[1, 1], [-1, -1], [1, -1], [-1, 1]])  # below and above the middle: bets on too sure (1) or not enough
+_SIGNS = np.array(
+    [[1, 1], [-1, -1], [1, -1], [-1, 1]]
+)  # below and above the middle: bets on too sure (1) or not enough
 READINGS = ("too sure", "not sure enough", "too sure about hard pairs", "too sure about easy pairs")
 
 
@@ -74,7 +78,9 @@ class CalibrationWatch:
 
     def __post_init__(self) -> None:
         if not (0 < self.budget < 1 and 0 <= self.tolerance < 0.3):
-            raise InputError(f"budget must be between 0 and 1, tolerance from 0 to 0.3; got {self.budget}, {self.tolerance}")
+            raise InputError(
+                f"budget must be between 0 and 1, tolerance from 0 to 0.3; got {self.budget}, {self.tolerance}"
+            )
         if self.table is None:
             self._begin()
         self.table, self.capital, self.since = map(np.asarray, (self.table, self.capital, self.since))
@@ -164,7 +170,9 @@ def plot_windows(
     axes = figure.subplots()
     middle = (windows["start"] + windows["end"]) / 2
     axes.axhline(0, color="0.7", lw=1)
-    axes.errorbar(middle, windows["gap"], [windows["gap"] - windows["gap_lo"], windows["gap_hi"] - windows["gap"]], fmt="o-")
+    axes.errorbar(
+        middle, windows["gap"], [windows["gap"] - windows["gap_lo"], windows["gap_hi"] - windows["gap"]], fmt="o-"
+    )
     for alarm in alarms or []:
         axes.axvline(alarm.index, color="tab:red", lw=1)
     axes.set(xlabel="prediction", ylabel="confidence − accuracy")

@@ -125,7 +125,7 @@ def compare_calibration(
     figures: dict[str, Any] = {}
     intervals: dict[str, list[float]] = {}
     y = check_probabilities(before, labels)[1]
-    losses = {}
+    losses: dict[str, Floats] = {}
     for suffix, probs in (("", before), ("_after", after)):
         p, _ = check_probabilities(probs, y)
         measures = {"ece": ece, "ace": adaptive_ece, "debiased_ece": debiased_ece, "mce": mce}
@@ -160,9 +160,9 @@ def split_rows(
     if not 0 < share < 1:
         raise InputError(f"fit must be even, odd, or a share between 0 and 1, got {fit!r}")
     if fit in ("even", "odd"):
-        teaches = np.arange(n) % 2 == (fit == "odd")
+        teaches = np.asarray(np.arange(n) % 2 == (fit == "odd"), dtype=np.bool_)
     else:
-        teaches = np.random.default_rng(seed).permutation(n) < round(share * n)
+        teaches = np.asarray(np.random.default_rng(seed).permutation(n) < round(share * n), dtype=np.bool_)
     for name, found in (("to learn from", int(teaches.sum())), ("to report on", int((~teaches).sum()))):
         if found < least:
             raise InputError(f"not enough data: {found} rows {name}, needs {least}; add rows or change fit")

@@ -76,7 +76,7 @@ def abstain_model(
     for known, new in ((half, ~half), (~half, half)):
         threshold = doubt_threshold(p[known], better[known], alpha=alpha)
         across.append(vars(measure_abstention(p[new], better[new], threshold, alpha)))
-    means = pd.DataFrame(across).mean().to_dict()
+    means = {str(name): float(value) for name, value in pd.DataFrame(across).mean().items()}
     return means | {"threshold": doubt_threshold(p, better, alpha=alpha), "n": len(p)}
 
 # %% ../../nbs/monitor/19_model_calibration.ipynb #586887fd
@@ -134,7 +134,11 @@ def calibrate_model(
         figures={name: value for name, value in figures.items() if isinstance(value, float)},
         run_id=run_id,
     )
-    limits = {"ece": figures["ece_after_by_chance_high"], "nll": figures["nll_before"], "brier": figures["brier_before"]}
+    limits = {
+        "ece": figures["ece_after_by_chance_high"],
+        "nll": figures["nll_before"],
+        "brier": figures["brier_before"],
+    }
     page = _write_page(store, model, run_id, (_correct(test, learnt), _correct(fit, learnt)), limits)
     store.append(kept)
     best = learn_calibration(*_pairs(fit), "temperature", pairs=True, prior_sd=prior_sd)
@@ -146,7 +150,9 @@ def calibrate_model(
         "rows_left_out": left_out,
         "slices": _plain(slices),
         "human_ceiling": None if math.isnan(ceiling["agreement"]) else ceiling,
-        "abstention": {name: None if math.isnan(x) else x for name, x in abstain_model(_correct(test, learnt), alpha=alpha).items()},
+        "abstention": {
+            name: None if math.isnan(x) else x for name, x in abstain_model(_correct(test, learnt), alpha=alpha).items()
+        },
         "calibration_id": kept.id,
         **page,
     }
@@ -160,11 +166,18 @@ def _pairs(rows: pd.DataFrame) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.
 def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
     """A table as JSON rows, with None for what is missing."""
     found = table.round(6).astype(object)
-    rows: list[dict[str, Any]] = found.where(table.notna(), None).to_dict("records")
-    return rows
+    rows = found.where(table.notna(), None).to_dict("records")
+    return [{str(name): value for name, value in row.items()} for row in rows]
 
 
-_NAMES = {"ece": "ece", "ace": "adaptive_ece", "debiased_ece": "debiased_ece", "mce": "mce", "brier": "brier", "nll": "nll"}
+_NAMES = {
+    "ece": "ece",
+    "ace": "adaptive_ece",
+    "debiased_ece": "debiased_ece",
+    "mce": "mce",
+    "brier": "brier",
+    "nll": "nll",
+}
 
 
 def _figures(before: pd.DataFrame, after: pd.DataFrame, seed: int) -> dict[str, Any]:
@@ -247,7 +260,7 @@ def watch_model(
     stream = f"calibration/{model_id}"
     rows = preference_outcomes(store, model_id, later=True).dropna(subset=["first_is_better"])
     rows = rows[~rows["split"].isin(["train", "calibration"])]
-    settings = {"budget": budget, "tolerance": tolerance}
+    settings: dict[str, Any] = {"budget": budget, "tolerance": tolerance}
     with store.transaction():
         states = [kept for kept in store.records(StreamState, stream=stream) if kept.settings == settings]
         watch = CalibrationWatch(**states[-1].state["watch"]) if states else CalibrationWatch(**settings)

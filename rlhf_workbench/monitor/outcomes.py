@@ -73,12 +73,12 @@ def describe_cases(
     prompts = store.frame(Prompt, id=pairs["prompt_id"].unique().tolist()).set_index("id")
     agreed = store.frame(Preference, comparison_id=ids).drop_duplicates("comparison_id", keep="last")
     strength = agreed.set_index("comparison_id")["p_chosen"]
-    lengths = [pairs[side].map(_words(texts)) for side in ("first_id", "second_id")]
+    first, second = (pairs[side].map(_words(texts)) for side in ("first_id", "second_id"))
     about: dict[str, Any] = {
         "topic": pairs["prompt_id"].map(prompts["topic"]).fillna("no topic"),
         "prompt_words": pairs["prompt_id"].map(_words(prompts["text"])),
-        "longer_words": np.fmax(*lengths),
-        "shorter_words": np.fmin(*lengths),
+        "longer_words": np.fmax(first, second),
+        "shorter_words": np.fmin(first, second),
     }
     found = rows.assign(confidence=np.maximum(rows["p_first"], 1 - rows["p_first"]))
     for name, values in about.items():
@@ -88,7 +88,7 @@ def describe_cases(
 
 def _words(texts: "pd.Series[Any]") -> "pd.Series[float]":
     """How many words each text has."""
-    return texts.astype(str).str.split().str.len().astype(float)
+    return texts.map(lambda text: float(len(str(text).split())))
 
 # %% ../../nbs/monitor/15_outcomes.ipynb #bdddd7ee
 def annotator_outcomes(

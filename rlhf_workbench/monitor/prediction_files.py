@@ -47,9 +47,9 @@ def _header(archive: zipfile.ZipFile, name: str, path: Path) -> tuple[tuple[int,
         there = ", ".join(n.removesuffix(".npy") for n in archive.namelist()) or "nothing"
         raise InputError(f"{path} has no array {name!r}, only {there}; save it with np.savez(file, probs=…, labels=…)")
     with archive.open(f"{name}.npy") as file:
-        major = np.lib.format.read_magic(file)[0]
-        read = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+        npy: Any = np.lib.format
+        is_first = npy.read_magic(file)[0] == 1
+        shape, _, dtype = (npy.read_array_header_1_0 if is_first else npy.read_array_header_2_0)(file)
     if dtype.hasobject:
         raise InputError(f"array {name!r} of {path} holds Python objects, which are never opened; save plain numbers")
     return shape, dtype

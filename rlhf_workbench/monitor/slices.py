@@ -52,10 +52,10 @@ def slice_names(
     if not pd.api.types.is_numeric_dtype(values) or values.nunique() <= parts:
         return values.astype(object).where(values.notna())
     cut = pd.qcut(values, parts, duplicates="drop")
-    lows, highs = ({c: f"{getattr(c, side):.4g}" for c in cut.cat.categories} for side in ("left", "right"))
-    lowest = cut.cat.categories[0]
-    lows[lowest] = f"{values.min():.4g}"
-    return cut.map(lambda c: f"{lows[c]} to {highs[c]}").astype(object).where(values.notna())
+    names = {c: f"{c.left:.4g} to {c.right:.4g}" for c in cut.cat.categories}
+    lowest = cut.cat.categories[0]  # pandas draws its left border a little to the left
+    names[lowest] = f"{values.min():.4g} to {lowest.right:.4g}"
+    return cut.astype(object).map(names)
 
 
 def calibration_by_slice(
@@ -65,6 +65,7 @@ def calibration_by_slice(
     seed: int = 0,
     rate: float = 0.05,  # of false ones among the slices called out
     least: int = 20,  # rows that a slice needs
+    draws: int = 400,  # for each interval
 ) -> pd.DataFrame:  # a row a slice, columns below
     """Measure each slice; `reading` says what it is: too sure, not sure enough, as it says, not enough data."""
     missing = [name for name in (*by, "p_first", "first_is_better") if name not in rows]
@@ -73,7 +74,7 @@ def calibration_by_slice(
     found = []
     for column in by:
         for name, part in rows.groupby(slice_names(rows[column]), sort=True):
-            found.append({"by": column, "slice": str(name), "n": len(part)} | _measure(part, seed, least))
+            found.append({"by": column, "slice": str(name), "n": len(part)} | _measure(part, seed, least, draws))
     table = pd.DataFrame(found, columns=["by", "slice", "n", *_MEASURED])
     tested = table["p_value"].notna()
     table["adjusted"] = np.nan
@@ -88,7 +89,7 @@ _MEASURED = (
 )
 
 
-def _measure(part: pd.DataFrame, seed: int, least: int) -> dict[str, float]:
+def _measure(part: pd.DataFrame, seed: int, least: int, draws: int) -> dict[str, float]:
     """The figures of one slice; none when it has too few rows."""
     if len(part) < least:
         return dict.fromkeys(_MEASURED, np.nan)
@@ -96,8 +97,8 @@ def _measure(part: pd.DataFrame, seed: int, least: int) -> dict[str, float]:
     confidence, right = top_confidence(probs, labels)
     share = right.mean()
     low, high = wilson_interval(np.array([share]), np.array([1.0 * len(part)]))
-    gap = mean_interval(confidence - right, seed=seed)
-    spread = ece_interval(probs, labels, seed=seed)
+    gap = mean_interval(confidence - right, seed=seed, draws=draws)
+    spread = ece_interval(probs, labels, seed=seed, draws=draws)
     accuracy = (share, low[0], high[0], confidence.mean(), (confidence - right).mean(), *gap)
     figures = (*accuracy, ece(probs, labels), *spread, debiased_ece(probs, labels), *spiegelhalter_z(confidence, right))
     return dict(zip(_MEASURED, map(float, figures), strict=True))
@@ -124,7 +125,7 @@ def human_ceiling(
     others_first = first.groupby(ids).transform("sum") - first
     others = first.groupby(ids).transform("size") - 1
     majority = np.sign(2 * others_first - others)
-    agrees = (1 + majority * (2 * first - 1)) / 2
+    agrees = pd.Series((1 + majority * (2 * first - 1)) / 2, index=decided.index)
     each = agrees[others > 0].groupby(ids[others > 0]).mean()
     if each.empty:
         return {"agreement": math.nan, "low": math.nan, "high": math.nan, "comparisons": 0}
