@@ -19,7 +19,9 @@ import click
 from .commands.access import member, token
 from .commands.audit import audit
 from .commands.calibrate import calibrate
+from .commands.chart import chart
 from .commands.doctor import doctor
+from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
 from .commands.store import KEY_FILE, need_key, store_group
@@ -296,6 +298,9 @@ app.add_command(serve)
 app.sections["Look"] = ["serve"]
 
 
+app.add_command(mistakes)
+app.sections.setdefault("Watch", []).append("mistakes")
+
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]
 
@@ -307,6 +312,8 @@ app.sections["Let in"] = ["token", "member"]
 app.add_command(webhook)
 app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
+app.add_command(chart)
+app.sections.setdefault("Watch", []).append("chart")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
