@@ -21,6 +21,7 @@ from .commands.audit import audit
 from .commands.calibrate import calibrate
 from .commands.chart import chart
 from .commands.doctor import doctor
+from .commands.form import form
 from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
@@ -314,6 +315,8 @@ app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
 app.add_command(chart)
 app.sections.setdefault("Watch", []).append("chart")
+app.add_command(form)
+app.sections.setdefault("Watch", []).append("form")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
