@@ -22,14 +22,12 @@ from rlhf_workbench.monitor.detectors import (
     PANEL,
     SETTINGS,
     StreamWatch,
-    adjust_p_values,
-    compare_categories,
-    compare_numbers,
     make_detector,
     scan_stream,
-    stability_index,
 )
 from rlhf_workbench.monitor.drift import disagreement, mark_control, plot_drift, vote_stream, watch_drift, watch_votes
+from rlhf_workbench.monitor.multiplicity import adjust_p_values
+from rlhf_workbench.monitor.shifts import compare_categories, compare_numbers, stability_index
 from rlhf_workbench.store.tables import Store, connect
 
 settings.register_profile("quick", max_examples=40, deadline=None)

@@ -21,15 +21,9 @@ from tqdm.auto import tqdm
 from ..core.errors import InputError, MissingError
 from ..core.schema import DriftEvent
 from ..core.settings import needs_extra
-from rlhf_workbench.monitor.detectors import (
-    FRACTIONS_PANEL,
-    PANEL,
-    Shift,
-    adjust_p_values,
-    compare_categories,
-    compare_numbers,
-    scan_stream,
-)
+from .detectors import FRACTIONS_PANEL, PANEL, scan_stream
+from .multiplicity import adjust_p_values
+from .shifts import Shift, compare_categories, compare_numbers
 from ..store.tables import Store
 
 # %% ../../nbs/monitor/03_drift.ipynb #8ca9963e
