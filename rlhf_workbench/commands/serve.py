@@ -132,6 +132,7 @@ def run_service(
     projects: dict[str, Any],
     place: Place,
     *,
+    rules: Any = None,  # govern.rules.Rules, judged in every project
     open_browser: bool = False,
     as_json: bool = False,
 ) -> None:
@@ -148,6 +149,7 @@ def run_service(
         signin = SignIn(projects, _settings(place))
         service = Service(projects, signin)
         app, parts = build_app(service, signin, is_alone=not place.is_behind_proxy)
+        parts.rules = rules
         base, link = _addresses(place, sock.getsockname()[1], signin)
 
         def greet() -> None:
@@ -196,6 +198,7 @@ def _addresses(place: Place, port: int, signin: Any) -> tuple[str, str]:
 @click.option("--key", type=FILE, help="Its key file.")
 @click.option("--behind-proxy", is_flag=True, help="A proxy on this machine speaks https and names the clients.")
 @click.option("--public-url", default="", help="The address that people use, such as https://rlhf.example.")
+@click.option("--rules", "rules_file", type=FILE, help="Rules in YAML: what shall happen when; see `rlhfw trigger`.")
 @click.option("--open/--no-open", "open_browser", default=True, help="Open the browser.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Nothing here is random.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -207,6 +210,7 @@ def serve(
     key: Path | None,
     behind_proxy: bool,
     public_url: str,
+    rules_file: Path | None,
     open_browser: bool,
     seed: int,
     as_json: bool,
@@ -217,7 +221,10 @@ def serve(
     """
     place = Place(host, port, cert, key, behind_proxy, public_url)
     check_place(place)
+    from rlhf_workbench.govern.rules import read_rules
+
+    rules = read_rules(rules_file) if rules_file else None
     with open_projects(stores) as projects:
-        run_service(projects, place, open_browser=open_browser, as_json=as_json)
+        run_service(projects, place, rules=rules, open_browser=open_browser, as_json=as_json)
     if not as_json:
         click.echo("The service has ended; everything is written.")

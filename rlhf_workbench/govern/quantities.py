@@ -77,7 +77,7 @@ QUANTITIES = {
         "stream",
         ("drift_event",),
         "count",
-        _simple("drift_event", "stream", "severity", "is_confirmed AND metadata->>'period' IS DISTINCT FROM 'control'"),
+        _simple("drift_event", "stream", "severity", "is_confirmed AND (metadata->>'period') IS DISTINCT FROM 'control'"),
     ),
     "chart_signals": Quantity(
         "signals of control charts", "chart", ("chart_signal",), "count", _simple("chart_signal", "chart", "1.0")
@@ -147,8 +147,11 @@ def read_marks(
 
 # %% ../../nbs/govern/09_quantities.ipynb #4c8e6aa5
 _ROWS = """
-SELECT seq, until, moment, subject, value, id FROM ({rows}) WHERE seq < until AND seq <= $upto AND until > $alive
-AND ($earliest IS NULL OR moment > $earliest) AND ($subjects IS NULL OR list_contains($subjects, subject)) ORDER BY seq, id
+SELECT seq, until, moment, subject, value, id FROM ({rows})
+WHERE seq < until AND seq <= $upto AND until > $after AND ($subjects IS NULL OR list_contains($subjects, subject))
+AND ((($earliest IS NULL OR moment > $earliest) AND seq > $floor) OR seq > $after OR until <= $upto)
+QUALIFY $keep IS NULL OR seq > $after OR row_number() OVER (PARTITION BY {pool}, seq > $after ORDER BY seq DESC, id DESC)
+    <= $keep + count(*) FILTER (until <= $upto) OVER () ORDER BY seq, id
 """
 
 
@@ -157,17 +160,21 @@ def read_rows(
     quantity: Quantity,
     *,
     upto: int,  # number of the last change that counts
-    alive: int = 0,  # leave out what was replaced before this change
+    after: int = 0,  # it is asked about what follows this change
+    floor: int = 0,  # rows count from after this change on, see `MARKS`
     earliest: Any = None,  # a moment; leave out what is not younger
+    keep: int | None = None,  # the last so many rows will do
+    each: bool = False,  # of each subject
     subjects: Sequence[str] | None = None,  # None: all
     figure: str = "",
 ) -> pd.DataFrame:  # seq, until, moment, subject, value, id; in the order of writing
     """The rows of a quantity."""
-    params: dict[str, Any] = {"upto": upto, "alive": alive, "earliest": earliest}
+    params: dict[str, Any] = {"upto": upto, "after": after, "floor": floor, "earliest": earliest, "keep": keep}
     params["subjects"] = None if subjects is None else list(subjects)
     if "$figure" in quantity.rows:
         params["figure"] = figure or quantity.figure
-    return store.sql(_ROWS.format(rows=quantity.rows), params, limit=None, timeout_s=None)
+    query = _ROWS.format(rows=quantity.rows, pool="subject" if each else "true")
+    return store.sql(query, params, limit=None, timeout_s=None)
 
 # %% ../../nbs/govern/09_quantities.ipynb #018fb169
 Floats = npt.NDArray[np.float64]

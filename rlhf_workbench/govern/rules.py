@@ -6,7 +6,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/govern/rules.html.md"""
 
 # %% auto #0
 __all__ = ['SIDES', 'ACTIONS', 'FIELDS', 'read_duration', 'read_confirmation', 'Budget', 'Rule', 'Problem', 'Rules',
-           'parse_rules', 'read_rules', 'rule_tables']
+           'parse_rules', 'read_rules', 'rule_tables', 'look_tables']
 
 # %% ../../nbs/govern/10_rules.ipynb #05ac91da
 import difflib
@@ -427,3 +427,10 @@ def rule_tables(
         mark = {"training": {"model"}, "promotion": {"stage"}}.get(rule.since, set())
         return frozenset(QUANTITIES[rule.watch].tables) | mark
     return frozenset(name.removeprefix("current_") for name in query_tables(rule.sql))
+
+
+def look_tables(
+    rule: Rule,
+) -> frozenset[str]:
+    """Those, and the tables whose changes can end what holds the rule back."""
+    return rule_tables(rule) | ({"annotation", "model"} if rule.min_new_labels else set())
