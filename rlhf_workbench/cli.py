@@ -21,7 +21,9 @@ from .commands.audit import audit
 from .commands.doctor import doctor
 from .commands.plugins import plugins
 from .commands.serve import serve
+from .commands.stages import queue, stage, trial
 from .commands.store import KEY_FILE, need_key, store_group
+from .commands.triggers import trigger
 from .commands.verbs import FILE, OUT, Verbs, existing_file, rows_of, say, shared, text_of
 from .commands.webhooks import alert, webhook
 from .core.errors import InputError, WorkbenchError
@@ -294,6 +296,10 @@ def reject(proposal: str, reason: str, actor: str, store: Path, as_json: bool) -
 app.add_command(serve)
 app.sections["Look"] = ["serve"]
 
+
+for group in (trigger, trial, stage, queue):
+    app.add_command(group)
+app.sections.setdefault("Watch", []).extend(["trigger", "trial", "stage", "queue"])
 
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]

@@ -295,7 +295,7 @@ class _Reader:
 
     def __init__(self, text: str):
         self.problems: list[Problem] = []
-        self._loader = yaml.SafeLoader(text)
+        self._text = text
 
     def note(self, node: Any, rule: str, name: str, text: str) -> None:
         self.problems.append(Problem(node.start_mark.line + 1, rule, name, text))
@@ -303,6 +303,7 @@ class _Reader:
     def root(self) -> Any:
         """The top node, or None when the file is no YAML."""
         try:
+            self._loader = yaml.SafeLoader(self._text)
             return self._loader.get_single_node()
         except yaml.YAMLError as error:
             mark = getattr(error, "problem_mark", None)
