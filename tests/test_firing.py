@@ -154,7 +154,7 @@ def test_every_quantity_counts_what_it_says(name: str) -> None:
 CHANGES = st.lists(
     st.tuples(st.sampled_from(["gold", "gold", "correct", "observe", "alarm", "train", "label"]), st.sampled_from("ab"), st.booleans()),
     min_size=5,
-    max_size=40,
+    max_size=25,
 )
 LIVE = [
     "watch: gold_accuracy, subject: each, last: 3, needs: 2, below: 0.6, rearm: 0.6, confirm: 2 of 3, do: alert",
@@ -184,7 +184,7 @@ def change(store: Store, what: str, who: str, is_good: bool, n: int) -> None:
 
 
 @pytest.mark.parametrize("text", LIVE, ids=range(len(LIVE)))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(changes=CHANGES, looks=st.lists(st.booleans(), min_size=40, max_size=40), restarts=st.sets(st.integers(0, 39), max_size=3))
 def test_a_backtest_is_what_was_lived(text: str, changes: list[Any], looks: list[bool], restarts: set[int]) -> None:
     """However often it was looked at, whatever was restarted with or without its memory."""
@@ -422,7 +422,7 @@ def test_processes_that_fire_at_once_and_are_killed_act_once(tmp_path: Path) -> 
     workers = [context.Process(target=_endless, args=(path,), daemon=True) for _ in range(3)]
     for worker in workers:
         worker.start()
-    streams = [f"s{i}" for i in range(12)]
+    streams = [f"s{i}" for i in range(9)]
     for i, stream in enumerate(streams):
         _write(path, alarm(stream))
         time.sleep(draw.random() * 0.1)
