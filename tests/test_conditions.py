@@ -1,5 +1,6 @@
 """The machine between a condition and an action, against a definition that keeps everything, with any clock."""
 
+import itertools
 import json
 import math
 from datetime import UTC, datetime, timedelta
@@ -14,7 +15,17 @@ from rlhf_workbench.govern.rules import Budget, Rule
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 COOL, PER = timedelta(minutes=10), timedelta(minutes=30)
-RULE = Rule("r", "alert", "at_least", 5, rearm=2, confirm=(2, 3), cool_down=COOL, budget=Budget(PER, firings=2), min_new_labels=3)
+RULE = Rule(
+    "r",
+    "alert",
+    "at_least",
+    5,
+    rearm=2,
+    confirm=(2, 3),
+    cool_down=COOL,
+    budget=Budget(PER, firings=2),
+    min_new_labels=3,
+)
 
 
 class AnyHistory(RuleBasedStateMachine):
@@ -121,5 +132,5 @@ def test_hysteresis_never_fires_twice_without_coming_back(values: list[float], l
         sign = 1 if side == "at_least" else -1
         rule = Rule("r", "alert", side, sign * limit, rearm=sign * (limit - gap))
         fired = [i for i, word in enumerate(feed(rule, turned)) if word == "fired"]
-        for one, two in zip(fired, fired[1:], strict=False):
+        for one, two in itertools.pairwise(fired):
             assert any(v <= limit - gap for v in values[one + 1 : two + 1])

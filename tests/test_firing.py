@@ -17,6 +17,8 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rlhf_workbench.govern.rule_files import parse_rules
+from rlhf_workbench.govern.tracks import Place
 
 from rlhf_workbench.core.errors import InputError
 from rlhf_workbench.core.schema import (
@@ -44,10 +46,10 @@ from rlhf_workbench.core.schema import (
     correction,
     utc_now,
 )
-from rlhf_workbench.govern.firing import Follower, Place, begin_rule
+from rlhf_workbench.govern.firing import Follower, begin_rule
 from rlhf_workbench.govern.quantities import QUANTITIES, fold_rows, read_rows
 from rlhf_workbench.govern.rehearsal import backtest, dry_run
-from rlhf_workbench.govern.rules import Rule, parse_rules
+from rlhf_workbench.govern.rules import Rule
 from rlhf_workbench.govern.stages import champion_stage, promote
 from rlhf_workbench.govern.watching import RuleWatch, look_once
 from rlhf_workbench.store.tables import Store, connect
@@ -88,7 +90,14 @@ def test_folding_is_what_its_words_say(
     start, seq, table = pd.Timestamp("2026-01-01", tz="UTC"), 1, []
     for step, value, back, life in rows:
         seq += step
-        table.append((seq, seq + life if life < 15 else 2**62, start + pd.Timedelta(minutes=seq - (back if back > 4 else 0)), value))
+        table.append(
+            (
+                seq,
+                seq + life if life < 15 else 2**62,
+                start + pd.Timedelta(minutes=seq - (back if back > 4 else 0)),
+                value,
+            )
+        )
     frame = pd.DataFrame(table, columns=["seq", "until", "moment", "value"]).assign(id="x", subject="s")
     frame["moment"] = pd.to_datetime(frame["moment"], utc=True)
     frame = frame[frame["seq"] < frame["until"]]
@@ -115,21 +124,53 @@ def test_folding_is_what_its_words_say(
 def every_quantity() -> dict[str, tuple[list[Record], float]]:
     """Rows that make each quantity 2 or a half, with others beside them that must not count."""
     model = Model(name="m", kind="reward")
-    wrong = [Mistake(model_id=model.id, comparison_id=c, p_first=0.9, first_is_better=0, kind="wrong", surprise=2.0) for c in "abc"]
+    wrong = [
+        Mistake(model_id=model.id, comparison_id=c, p_first=0.9, first_is_better=0, kind="wrong", surprise=2.0)
+        for c in "abc"
+    ]
     pattern = MistakePattern(model_id=model.id, name="dates", mistake_ids=[w.id for w in wrong[:2]])
     old = Alert(severity="info", title="old")
-    votes = [Annotation(comparison_id="c", annotator_id=who, label=label, queue="q") for who, label in (("a", "first"), ("b", "second"))]
+    votes = [
+        Annotation(comparison_id="c", annotator_id=who, label=label, queue="q")
+        for who, label in (("a", "first"), ("b", "second"))
+    ]
     agreeing = [Annotation(comparison_id="d", annotator_id=who, label="first", queue="q") for who in "ab"]
     control = replace(alarm(), metadata={"period": "control"})
     gold = [QueueItem(queue="q", comparison_id=c, gold_label="first") for c in "xy"]
     return {
         "drift_events": ([alarm(), alarm("topic"), control, replace(alarm(), is_confirmed=False)], 2),
         "chart_signals": ([ChartSignal(chart="c", limits_id="l", rule="nelson 1", index=i) for i in range(2)], 2),
-        "calibration": ([Calibration(model_id="m", method="none", n_fitted=1, figures={"ece_after": v, "x": 1}) for v in (0.1, 0.5)], 0.5),
-        "gold_accuracy": ([*gold, *(Annotation(comparison_id=c, annotator_id="a", label=w, queue="q") for c, w in (("x", "first"), ("y", "tie"), ("z", "tie")))], 0.5),
-        "agreement": ([*votes, *agreeing, Annotation(comparison_id="d", annotator_id="c", label="skip", queue="q")], 0.5),
+        "calibration": (
+            [
+                Calibration(model_id="m", method="none", n_fitted=1, figures={"ece_after": v, "x": 1})
+                for v in (0.1, 0.5)
+            ],
+            0.5,
+        ),
+        "gold_accuracy": (
+            [
+                *gold,
+                *(
+                    Annotation(comparison_id=c, annotator_id="a", label=w, queue="q")
+                    for c, w in (("x", "first"), ("y", "tie"), ("z", "tie"))
+                ),
+            ],
+            0.5,
+        ),
+        "agreement": (
+            [*votes, *agreeing, Annotation(comparison_id="d", annotator_id="c", label="skip", queue="q")],
+            0.5,
+        ),
         "observations": ([Observation(stream="s", value=v) for v in (0.2, 0.8)], 0.5),
-        "open_alerts": ([old, Alert(severity="info", title="a"), Alert(severity="critical", title="b"), correction(old, status="resolved")], 2),
+        "open_alerts": (
+            [
+                old,
+                Alert(severity="info", title="a"),
+                Alert(severity="critical", title="b"),
+                correction(old, status="resolved"),
+            ],
+            2,
+        ),
         "new_labels": ([votes[0], model], 2),
         "mistakes": ([model, *wrong, pattern], 2),
     }
@@ -152,7 +193,11 @@ def test_every_quantity_counts_what_it_says(name: str) -> None:
 # -- live and past
 
 CHANGES = st.lists(
-    st.tuples(st.sampled_from(["gold", "gold", "correct", "observe", "alarm", "train", "label"]), st.sampled_from("ab"), st.booleans()),
+    st.tuples(
+        st.sampled_from(["gold", "gold", "correct", "observe", "alarm", "train", "label"]),
+        st.sampled_from("ab"),
+        st.booleans(),
+    ),
     min_size=5,
     max_size=25,
 )
@@ -185,7 +230,11 @@ def change(store: Store, what: str, who: str, is_good: bool, n: int) -> None:
 
 @pytest.mark.parametrize("text", LIVE, ids=range(len(LIVE)))
 @settings(max_examples=8, deadline=None)
-@given(changes=CHANGES, looks=st.lists(st.booleans(), min_size=40, max_size=40), restarts=st.sets(st.integers(0, 39), max_size=3))
+@given(
+    changes=CHANGES,
+    looks=st.lists(st.booleans(), min_size=40, max_size=40),
+    restarts=st.sets(st.integers(0, 39), max_size=3),
+)
 def test_a_backtest_is_what_was_lived(text: str, changes: list[Any], looks: list[bool], restarts: set[int]) -> None:
     """However often it was looked at, whatever was restarted with or without its memory."""
     rule = rule_of(text)
@@ -205,7 +254,8 @@ def test_a_backtest_is_what_was_lived(text: str, changes: list[Any], looks: list
         would = backtest(store, rule, since=Place(int(run.params["seq"]), run.recorded_at))
         lived = store.records(Firing)
         assert [(h.place.seq, h.subject, h.outcome.status) for h in would] == [
-            (f.result["seq"], f.result["subject"], f.status) for f in sorted(lived, key=lambda f: (f.result["seq"], f.result["subject"]))
+            (f.result["seq"], f.result["subject"], f.status)
+            for f in sorted(lived, key=lambda f: (f.result["seq"], f.result["subject"]))
         ]
 
 
@@ -223,10 +273,11 @@ def test_every_judges_at_its_moments_only_and_the_past_agrees() -> None:
         assert one.result["moment"].partition(".")[0].partition("+")[0][-2:].isdigit()
         assert "." not in one.result["moment"], "a whole multiple of a second"
         would = backtest(store, rule, since=Place(int(live.run.params["seq"]), live.run.recorded_at))
-        assert [h.place.moment.isoformat() for h in would if h.outcome.status == "fired"][0] == one.result["moment"]
+        assert next(h.place.moment.isoformat() for h in would if h.outcome.status == "fired") == one.result["moment"]
 
 
 # -- what holds back, and what is done
+
 
 def test_new_labels_open_the_gate_without_confirming_anything() -> None:
     rule = rule_of("watch: drift_events, at_least: 1, confirm: 2 of 2, min_new_labels: 2, do: alert")
@@ -247,7 +298,14 @@ def test_a_training_uses_its_labels_up() -> None:
         label = [Annotation(comparison_id=f"c{i}", annotator_id="a", label="first", queue="q") for i in range(6)]
         snapshot = Snapshot(name="s", content_hash="", n_rows=1)
         said = []
-        for row in (label[0], label[1], snapshot, label[2], Model(name="m", kind="reward", snapshot_id=snapshot.id), label[3]):
+        for row in (
+            label[0],
+            label[1],
+            snapshot,
+            label[2],
+            Model(name="m", kind="reward", snapshot_id=snapshot.id),
+            label[3],
+        ):
             store.append(row)
             said.append(len(live.look()))
         assert said == [0, 1, 0, 0, 0, 1], "the label after the snapshot was not seen by the training"
@@ -296,7 +354,9 @@ def test_a_bad_champion_goes_by_itself_once_and_a_later_one_stays() -> None:
         store.append(models)
         for model in models[:2]:
             promote(store, model.id, reason="newer", needs_approval=False, needs_trial=False)
-        rule = rule_of("watch: observations, since: promotion, needs: 5, below: 0.6, do: rollback, with: {name: reward}")
+        rule = rule_of(
+            "watch: observations, since: promotion, needs: 5, below: 0.6, do: rollback, with: {name: reward}"
+        )
         one, two = Follower(store, rule), Follower(store, rule)
         store.append([Observation(stream="gold", value=0.0) for _ in range(4)])
         assert one.look() == [], "four values are fewer than five"
@@ -438,7 +498,9 @@ def test_processes_that_fire_at_once_and_are_killed_act_once(tmp_path: Path) -> 
         worker.join()
     with connect(path) as store:
         found = fired(store)
-        assert Counter((f.rule, f.result["subject"]) for f in found) == Counter((r, s) for r in ("drifted", "asked") for s in streams)
+        assert Counter((f.rule, f.result["subject"]) for f in found) == Counter(
+            (r, s) for r in ("drifted", "asked") for s in streams
+        )
         assert len({f.fingerprint for f in found}) == len(found)
         assert len(store.records(Proposal)) == len(streams)
         assert {p.params["firing_id"] for p in store.records(Proposal)} == {f.id for f in found if f.rule == "asked"}

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from rlhf_workbench.govern.rule_files import parse_rules
 
 from rlhf_workbench.collect.queue import add_items
 from rlhf_workbench.core.errors import DeniedError
@@ -26,7 +27,6 @@ from rlhf_workbench.core.schema import (
 from rlhf_workbench.govern.actions import start_approved
 from rlhf_workbench.govern.approval import decide
 from rlhf_workbench.govern.retraining import retrain_order
-from rlhf_workbench.govern.rules import parse_rules
 from rlhf_workbench.govern.stages import promote, propose_promotion
 from rlhf_workbench.govern.watching import look_once
 from rlhf_workbench.serve.jobs import find_job, run_job
@@ -49,8 +49,13 @@ def fill(store: Store, n: int = 90, queue: str = "q") -> None:
     votes: list[Record] = []
     for i in range(n):
         prompt = Prompt(text=f"What is {i}?", topic="sums" if i % 2 else "words")
-        long, short = Generation(prompt_id=prompt.id, text=f"It is {i} " * 6), Generation(prompt_id=prompt.id, text=str(i))
-        pair = Comparison(prompt_id=prompt.id, first_id=(long if i % 3 else short).id, second_id=(short if i % 3 else long).id)
+        long, short = (
+            Generation(prompt_id=prompt.id, text=f"It is {i} " * 6),
+            Generation(prompt_id=prompt.id, text=str(i)),
+        )
+        pair = Comparison(
+            prompt_id=prompt.id, first_id=(long if i % 3 else short).id, second_id=(short if i % 3 else long).id
+        )
         rows += [prompt, long, short, pair]
         for who in range(3):
             is_first = bool(i % 3) != ((i + who) % 11 == 0)

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rlhf_workbench.govern.rule_files import parse_rules, read_rules
 
 from rlhf_workbench.core.errors import InputError
 from rlhf_workbench.govern.quantities import QUANTITIES
-from rlhf_workbench.govern.rules import parse_rules, read_rules, rule_tables
+from rlhf_workbench.govern.rules import rule_tables
 
 GOOD = {"name": "a", "watch": "open_alerts", "at_least": "3", "do": "alert"}
 
@@ -51,7 +52,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "line", "field", "said"), WRONG, ids=[f"{i}-{w[2]}" for i, w in enumerate(WRONG)])
-def test_each_mistake_is_told_with_its_line_and_field(changes: dict[str, str], line: int, field: str, said: str) -> None:
+def test_each_mistake_is_told_with_its_line_and_field(
+    changes: dict[str, str], line: int, field: str, said: str
+) -> None:
     found = parse_rules(text(**changes))
     assert [(p.line, p.field) for p in found.problems] == [(line, field)]
     assert said in found.problems[0].text

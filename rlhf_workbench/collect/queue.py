@@ -179,10 +179,7 @@ def submit(
     run_id: str | None = None,
 ) -> Annotation:
     """Answer a leased task; raises `InputError` on another word, `MissingError` without a lease, `StateError` when the place is gone."""
-    if choice not in get_args(Choice):
-        raise InputError(f"choice must be left, right, tie or skip, got {choice!r}")
-    if strength is not None and not 0 <= strength <= 1:
-        raise InputError(f"strength must be between 0 and 1, got {strength}")
+    _check_answer(choice, strength)
     now = utc_now()
     with store.transaction(is_brief=True):
         lease, earlier, suspension = _standing(store, lease_id, now)
@@ -207,6 +204,14 @@ def submit(
         if suspension:
             weigh_gold(store, suspension[0])
     return annotation
+
+
+def _check_answer(choice: Choice, strength: float | None) -> None:
+    """Raise `InputError` on another word or a strength that is none."""
+    if choice not in get_args(Choice):
+        raise InputError(f"choice must be left, right, tie or skip, got {choice!r}")
+    if strength is not None and not 0 <= strength <= 1:
+        raise InputError(f"strength must be between 0 and 1, got {strength}")
 
 
 def _label(choice: Choice, is_swapped: bool) -> Label:

@@ -128,6 +128,25 @@ def _settings(place: Place) -> Any:
     return SignInSettings(public_url=place.public_url, hosts=LOOPBACK | own, oidc=read_oidc_settings(os.environ))
 
 
+def _listening(app: Any, service: Any, place: Place) -> Any:
+    """How the server speaks to its clients."""
+    import uvicorn
+
+    from rlhf_workbench.serve.limits import patient_protocol
+
+    return uvicorn.Config(
+        app,
+        http=patient_protocol(service.limits.header_s),
+        log_config=None,
+        access_log=False,  # it would show the link's secret
+        server_header=False,
+        proxy_headers=place.is_behind_proxy,
+        ssl_certfile=place.cert,
+        ssl_keyfile=str(place.key) if place.key else None,
+        timeout_graceful_shutdown=10,
+    )
+
+
 def run_service(
     projects: dict[str, Any],
     place: Place,
@@ -137,11 +156,8 @@ def run_service(
     as_json: bool = False,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; raises `StateError` when the port is taken."""
-    import uvicorn
-
     from rlhf_workbench.apps.main import build_app
     from rlhf_workbench.serve.callers import Service
-    from rlhf_workbench.serve.limits import patient_protocol
     from rlhf_workbench.serve.running import Server, listen
     from rlhf_workbench.serve.signin import SignIn
 
@@ -159,19 +175,7 @@ def run_service(
             if open_browser and link:
                 threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
 
-        config = uvicorn.Config(
-            app,
-            http=patient_protocol(service.limits.header_s, is_direct=not place.is_behind_proxy),
-            timeout_keep_alive=35,  # longer than a client's transaction may be silent
-            log_config=None,
-            access_log=False,  # it would show the link's secret
-            server_header=False,
-            proxy_headers=place.is_behind_proxy,
-            ssl_certfile=place.cert,
-            ssl_keyfile=str(place.key) if place.key else None,
-            timeout_graceful_shutdown=10,
-        )
-        Server(config, parts, greet).run(sockets=[sock])
+        Server(_listening(app, service, place), parts, greet).run(sockets=[sock])
 
 
 def _addresses(place: Place, port: int, signin: Any) -> tuple[str, str]:
@@ -222,7 +226,7 @@ def serve(
     """
     place = Place(host, port, cert, key, behind_proxy, public_url)
     check_place(place)
-    from rlhf_workbench.govern.rules import read_rules
+    from rlhf_workbench.govern.rule_files import read_rules
 
     rules = read_rules(rules_file) if rules_file else None
     with open_projects(stores) as projects:

@@ -32,13 +32,25 @@ def trial() -> None:
 @shared
 @click.argument("champion")
 @click.argument("challenger")
-@click.option("--alpha", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, help="Most false promotions.")
-@click.option("--min-effect", type=click.FloatRange(0, 0.5, max_open=True), default=0.02, help="Win rate above one half.")
+@click.option(
+    "--alpha", type=click.FloatRange(0, 1, min_open=True, max_open=True), default=0.05, help="Most false promotions."
+)
+@click.option(
+    "--min-effect", type=click.FloatRange(0, 0.5, max_open=True), default=0.02, help="Win rate above one half."
+)
 @click.option("--ties", type=click.Choice(["drop", "split"]), default="drop", help="What a tie counts.")
 @click.option("--most", type=click.IntRange(1), default=1000, help="Comparisons; then it is stopped.")
 @WHO
 def open_one(
-    champion: str, challenger: str, alpha: float, min_effect: float, ties: str, most: int, actor: str, store: Path, as_json: bool
+    champion: str,
+    challenger: str,
+    alpha: float,
+    min_effect: float,
+    ties: str,
+    most: int,
+    actor: str,
+    store: Path,
+    as_json: bool,
 ) -> None:
     """Begin a trial between two models of one kind.
 
@@ -65,7 +77,9 @@ def look(trial_id: str, actor: str, store: Path, as_json: bool) -> None:
     with to_change(store, actor) as opened:
         seen = look_at(opened, trial_id)
     facts = {"n": seen.n, "wins": seen.wins, "e_value": seen.e_value, "verdict": seen.verdict}
-    say(as_json, facts, f"{seen.wins:g} of {seen.n} decided comparisons won, e-value {seen.e_value:.3g}: {seen.verdict}")
+    say(
+        as_json, facts, f"{seen.wins:g} of {seen.n} decided comparisons won, e-value {seen.e_value:.3g}: {seen.verdict}"
+    )
 
 
 @trial.verb("Trials", "list")
@@ -177,7 +191,9 @@ SELECT q.queue, q.items, coalesce(s.status, 'open') AS status, s.reason, s.actor
 FROM (SELECT queue, count(*) AS items, min(id) AS first FROM current_queue_item GROUP BY queue) q
 LEFT JOIN current_queue_state s USING (queue) ORDER BY q.first
 """
-_SUSPENDED = "SELECT annotator_id, queue, reason, recorded_at AS since FROM current_annotator_state WHERE status = 'suspended'"
+_SUSPENDED = (
+    "SELECT annotator_id, queue, reason, recorded_at AS since FROM current_annotator_state WHERE status = 'suspended'"
+)
 
 
 @queue.verb("Queues", "list")
@@ -211,7 +227,7 @@ def _queue_verb(name: str, does: str, summary: str) -> None:
         facts = {"queue": queue_name, "status": state.status, "reason": state.reason}
         say(as_json, facts, f"queue {queue_name} is {state.status}")
 
-    command.help = f"{summary}\n\nExample: rlhfw queue {name} pilot --reason \"the guideline changes\"\n"
+    command.help = f'{summary}\n\nExample: rlhfw queue {name} pilot --reason "the guideline changes"\n'
 
 
 _queue_verb("pause", "pause_queue", "Give out no more tasks of a queue.")
@@ -227,7 +243,14 @@ _queue_verb("open", "open_queue", "Give out tasks of a queue again.")
 @click.option("--gold-items", type=click.IntRange(1), default=10, help="Over so many gold items.")
 @WHO
 def suspend(
-    annotator: str, reason: str, queue_name: str | None, accuracy: float, gold_items: int, actor: str, store: Path, as_json: bool
+    annotator: str,
+    reason: str,
+    queue_name: str | None,
+    accuracy: float,
+    gold_items: int,
+    actor: str,
+    store: Path,
+    as_json: bool,
 ) -> None:
     """Give somebody gold items only, until enough answers are right.
 

@@ -34,8 +34,9 @@ def _read(rules: Path, only: str | None = None) -> Any:
     """The rules of a file, or one of them; raises `InputError` that tells every mistake."""
     from dataclasses import replace
 
+    from rlhf_workbench.govern.rule_files import read_rules
+
     from rlhf_workbench.core.errors import MissingError
-    from rlhf_workbench.govern.rules import read_rules
 
     found = read_rules(rules)
     if only is None:
@@ -54,8 +55,9 @@ def check(rules: Path, store: Path, as_json: bool) -> None:
 
     Example: rlhfw trigger check rules.yaml
     """
+    from rlhf_workbench.govern.rule_files import parse_rules
+
     from rlhf_workbench.commands.verbs import existing_file
-    from rlhf_workbench.govern.rules import parse_rules
 
     found = parse_rules(Path(existing_file(rules)).read_text(encoding="utf-8"))
     facts = {"is_valid": not found.problems, "problems": [asdict(problem) for problem in found.problems]}
@@ -73,9 +75,7 @@ def check(rules: Path, store: Path, as_json: bool) -> None:
 @_ONLY
 @click.option("--since", help="When they would have begun: a date, a moment, or 12h, 3d, 2w for as long ago.")
 @click.option("--until", help="The end; default: now.")
-def backtest(
-    rules: Path, only: str | None, since: str | None, until: str | None, store: Path, as_json: bool
-) -> None:
+def backtest(rules: Path, only: str | None, since: str | None, until: str | None, store: Path, as_json: bool) -> None:
     """Say when rules would have fired, from what was known at each moment.
 
     Example: rlhfw trigger backtest rules.yaml --since 30d
@@ -109,8 +109,10 @@ def _rehearsed(found: Any) -> str:
         lines.append(f"  new labels since {plan.snapshot or 'the beginning'}: {plan.new_labels}")
         never = f"; never ran: {', '.join(cost.unknown)}" if cost.unknown else ""
         lines.append(f"  cost, as past runs took: {cost.seconds:.1f} s, {cost.tokens:.0f} tokens{never}")
-        lines.append(f"  against what the present model has seen: {change.added} pairs new, {change.removed} gone, "
-                     f"{change.flipped} turned, {change.kept} as before")
+        lines.append(
+            f"  against what the present model has seen: {change.added} pairs new, {change.removed} gone, "
+            f"{change.flipped} turned, {change.kept} as before"
+        )
     return "\n".join(lines)
 
 
@@ -179,7 +181,11 @@ def _watch(store: Any, rules: Any, as_json: bool) -> None:
     from rlhf_workbench.govern.watching import RuleWatch
 
     with RuleWatch(store, rules):
-        say(as_json, {"rules": [rule.name for rule in rules.rules]}, f"Watching {len(rules.rules)} rules (Ctrl-C stops it)")
+        say(
+            as_json,
+            {"rules": [rule.name for rule in rules.rules]},
+            f"Watching {len(rules.rules)} rules (Ctrl-C stops it)",
+        )
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -61,7 +61,9 @@ def _alert(store: Store, cause: Cause) -> dict[str, Any]:
 def _pause(store: Store, cause: Cause) -> dict[str, Any]:
     queue = cause.rule.options["queue"] or cause.subject
     state = pause_queue(store, queue, f"rule {cause.rule.name}: {cause.text}")
-    return {"queue_state_id": state.id} | _tell(store, cause, f"Queue {queue} is paused", text=f"`rlhfw queue open {queue}`")
+    return {"queue_state_id": state.id} | _tell(
+        store, cause, f"Queue {queue} is paused", text=f"`rlhfw queue open {queue}`"
+    )
 
 
 def _requalify(store: Store, cause: Cause) -> dict[str, Any]:
@@ -100,7 +102,9 @@ def _retrain(store: Store, cause: Cause) -> dict[str, Any]:
         return _ask(store, cause, "retrain", plan_params(plan, options["params"])) | {"upto": plan.upto}
     ended = {end.job_id for end in store.records(JobEnd)}
     mine = {f.id for f in store.records(Firing, rule=cause.rule.name, action="retrain")}
-    running = [j for j in store.records(Job, notebook="retrain") if j.id not in ended and j.params.get("firing_id") in mine]
+    running = [
+        j for j in store.records(Job, notebook="retrain") if j.id not in ended and j.params.get("firing_id") in mine
+    ]
     if running:
         return {"job_id": running[0].id, "is_new": False, "upto": plan.upto}
     made = Job(notebook="retrain", params={"firing_id": cause.firing_id}, actor=store.actor)

@@ -9,7 +9,7 @@ __all__ = ['FOREVER', 'MEASURES', 'QUANTITIES', 'MARKS', 'MARK_TABLES', 'NO_MARK
            'read_rows', 'fold_rows', 'check_sql', 'ask_number']
 
 # %% ../../nbs/govern/09_quantities.ipynb #42034aa7
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -77,7 +77,9 @@ QUANTITIES = {
         "stream",
         ("drift_event",),
         "count",
-        _simple("drift_event", "stream", "severity", "is_confirmed AND (metadata->>'period') IS DISTINCT FROM 'control'"),
+        _simple(
+            "drift_event", "stream", "severity", "is_confirmed AND (metadata->>'period') IS DISTINCT FROM 'control'"
+        ),
     ),
     "chart_signals": Quantity(
         "signals of control charts", "chart", ("chart_signal",), "count", _simple("chart_signal", "chart", "1.0")
@@ -182,7 +184,7 @@ Floats = npt.NDArray[np.float64]
 
 def _ticks(moments: pd.Series) -> npt.NDArray[np.int64]:
     """Microseconds since 1970."""
-    return moments.astype("datetime64[us, UTC]").astype(np.int64).to_numpy()
+    return np.asarray(moments.astype("datetime64[us, UTC]").astype(np.int64), dtype=np.int64)
 
 
 def _extents(rows: pd.DataFrame, points: pd.DataFrame, marks: pd.DataFrame, window: timedelta | None) -> Any:
@@ -210,11 +212,19 @@ def _totals(values: Floats, starts: Any, ends: Any, measure: str) -> Floats:
     if measure == "count":
         return n
     running = np.concatenate([[0.0], np.cumsum(values)])
-    sums = running[ends] - running[starts]
-    return sums if measure == "sum" else np.divide(sums, n, out=np.full(len(n), np.nan), where=n > 0)
+    sums: Floats = running[ends] - running[starts]
+    means: Floats = np.divide(sums, n, out=np.full(len(n), np.nan), where=n > 0)
+    return sums if measure == "sum" else means
 
 
-_FOLDS = {"count": len, "sum": np.sum, "mean": np.mean, "min": np.min, "max": np.max, "last": lambda v: v[-1]}
+_FOLDS: dict[str, Callable[[Any], Any]] = {
+    "count": len,
+    "sum": np.sum,
+    "mean": np.mean,
+    "min": np.min,
+    "max": np.max,
+    "last": lambda v: v[-1],
+}
 
 
 def fold_rows(
@@ -285,7 +295,7 @@ def ask_number(
     frame = store.sql(f"{_as_of(sorted(tables), seq)}SELECT * FROM (\n{query.rstrip().rstrip(';')}\n)", params, limit=2)
     if frame.shape[1] != 1 or len(frame) > 1:
         raise InputError(f"the query must give one number, got {len(frame)} rows of {frame.shape[1]} columns")
-    value = frame.iloc[0, 0] if len(frame) else None
+    value: Any = frame.iloc[0, 0] if len(frame) else None
     if isinstance(value, str):
         raise InputError(f"the query must give a number, got the text {value!r}")
     return float("nan") if pd.isna(value) else float(value)

@@ -13,11 +13,12 @@ from datetime import datetime
 from typing import Any
 
 import pandas as pd
+from .tracks import Place, timeline, tracks
 
 from ..core.errors import InputError, MissingError
 from ..core.schema import Run, StreamState
 from .conditions import Machine
-from .firing import Happening, Place, follow, present_place, start_points, timeline, tracks
+from .firing import Happening, follow, present_place, start_points
 from .retraining import Plan, plan_retraining
 from .rules import Rule
 from ..store.tables import Store
@@ -64,7 +65,9 @@ def _refuse_long(store: Store, rule: Rule, start: Place, end: Place) -> None:
     n = (end.moment - start.moment) / rule.every if rule.every else end.seq - start.seq
     limit = _MOST_QUERIES if rule.sql and (not rule.every or "$now" in rule.sql) else _MOST_POINTS
     if n > limit:
-        raise InputError(f"{n:.0f} looks are more than {limit}; narrow it with --since and --until, or give a longer `every`")
+        raise InputError(
+            f"{n:.0f} looks are more than {limit}; narrow it with --since and --until, or give a longer `every`"
+        )
 
 
 def happening_table(
@@ -98,7 +101,9 @@ def _memory(store: Store, rule: Rule, now: Place) -> Machine:
     if not runs:
         return machine
     start = Place(int(runs[0].params["seq"]), runs[0].recorded_at)
-    kept = [s for s in store.records(StreamState, stream=f"rule {rule.name}") if s.settings.get("rule_hash") == rule.hash]
+    kept = [
+        s for s in store.records(StreamState, stream=f"rule {rule.name}") if s.settings.get("rule_hash") == rule.hash
+    ]
     if kept:
         machine.restore(kept[-1].state)
         start = Place(kept[-1].seen, datetime.fromisoformat(kept[-1].state["moment"]))
@@ -121,7 +126,11 @@ def _would(machine: Machine, found: list[Happening], subject: str, value: float)
         return "quiet" if memory.is_armed else "rests"
     if not memory.is_armed:
         return "rests"
-    return f"held back: {memory.held_by}" if memory.held_by else f"unconfirmed: {sum(memory.recent)} of {machine.rule.confirm[0]}"
+    return (
+        f"held back: {memory.held_by}"
+        if memory.held_by
+        else f"unconfirmed: {sum(memory.recent)} of {machine.rule.confirm[0]}"
+    )
 
 
 def dry_run(

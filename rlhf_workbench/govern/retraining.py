@@ -73,12 +73,16 @@ SELECT f.comparison_id, CASE WHEN f.chosen = g.text THEN 'first' ELSE 'second' E
 FROM preference f JOIN comparison c ON c.id = f.comparison_id JOIN generation g ON g.id = c.first_id
 WHERE f.snapshot_id = $snapshot
 """
-_TOPICS = "SELECT c.id AS comparison_id, coalesce(p.topic, '') AS topic FROM comparison c JOIN prompt p ON p.id = c.prompt_id"
+_TOPICS = (
+    "SELECT c.id AS comparison_id, coalesce(p.topic, '') AS topic FROM comparison c JOIN prompt p ON p.id = c.prompt_id"
+)
 
 
 def _majority(votes: pd.DataFrame) -> pd.Series:
     """Comparison → what most say; those without a majority for one answer are left out."""
-    counts = votes.groupby(["task", "label"]).size().unstack(fill_value=0).reindex(columns=["first", "second"], fill_value=0)
+    counts = (
+        votes.groupby(["task", "label"]).size().unstack(fill_value=0).reindex(columns=["first", "second"], fill_value=0)
+    )
     lead = counts["first"] - counts["second"]
     return lead[lead != 0].map(lambda n: "first" if n > 0 else "second")
 
@@ -101,7 +105,11 @@ def compare_data(
 ) -> Difference:
     """What is new, gone and turned."""
     now = _majority(votes)
-    seen = store.sql(_SEEN, {"snapshot": snapshot_id}, limit=None).drop_duplicates("comparison_id").set_index("comparison_id")
+    seen = (
+        store.sql(_SEEN, {"snapshot": snapshot_id}, limit=None)
+        .drop_duplicates("comparison_id")
+        .set_index("comparison_id")
+    )
     both = now.index.intersection(seen.index)
     flipped = int((now[both] != seen.loc[both, "label"]).sum())
     topics = store.sql(_TOPICS, limit=None).set_index("comparison_id")["topic"]
@@ -109,7 +117,9 @@ def compare_data(
     mix = pd.concat(shares, axis=1, keys=["before", "now"]).fillna(0.0)
     largest = (mix["now"] - mix["before"]).abs().nlargest(5).index
     changes = {str(t): (round(float(mix.loc[t, "before"]), 4), round(float(mix.loc[t, "now"]), 4)) for t in largest}
-    return Difference(len(now.index.difference(both)), len(seen.index.difference(both)), flipped, len(both) - flipped, changes)
+    return Difference(
+        len(now.index.difference(both)), len(seen.index.difference(both)), flipped, len(both) - flipped, changes
+    )
 
 # %% ../../nbs/govern/14_retraining.ipynb #16026ce7
 @dataclass(frozen=True)
@@ -146,8 +156,10 @@ def plan_retraining(
     params, upto = params or {}, store.last_change() if upto is None else upto
     votes = queue_votes(store, queue, upto)
     present = store.sql(_PRESENT, {"name": params.get("name", "reward"), "upto": upto}).to_dict("records")
-    seen = present[0] if present else {"id": None, "snapshot_id": None, "seq": 0}
-    fresh = "SELECT count(*) AS n FROM annotation WHERE queue = ? AND label <> 'skip' AND audit_seq > ? AND audit_seq <= ?"
+    seen: dict[Any, Any] = present[0] if present else {"id": None, "snapshot_id": None, "seq": 0}
+    fresh = (
+        "SELECT count(*) AS n FROM annotation WHERE queue = ? AND label <> 'skip' AND audit_seq > ? AND audit_seq <= ?"
+    )
     return Plan(
         queue=queue,
         upto=upto,
@@ -165,7 +177,9 @@ def plan_retraining(
 # %% ../../nbs/govern/14_retraining.ipynb #2df15e57
 def plan_params(plan: Plan, params: dict[str, Any]) -> dict[str, Any]:
     """What a proposal says about a plan."""
-    facts = {name: getattr(plan, name) for name in ("queue", "upto", "labels", "new_labels", "data_hash", "config_hash")}
+    facts = {
+        name: getattr(plan, name) for name in ("queue", "upto", "labels", "new_labels", "data_hash", "config_hash")
+    }
     return facts | {"params": params, "seconds": plan.cost.seconds, "tokens": plan.cost.tokens}
 
 

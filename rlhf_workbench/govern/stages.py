@@ -76,7 +76,9 @@ def propose_promotion(
             return standing[-1]
         made = Proposal(action="promote", reason=reason.strip(), fingerprint=_binding(model), params=params)
         store.append(made)
-        raise_alert(store, "info", f"{model.name} waits for a promotion", f"proposal {made.id}", made.id, made.fingerprint)
+        raise_alert(
+            store, "info", f"{model.name} waits for a promotion", f"proposal {made.id}", made.id, made.fingerprint
+        )
     return made
 
 # %% ../../nbs/govern/13_stages.ipynb #f765e5a0
@@ -124,7 +126,9 @@ def promote(
     if model.kind == "base":
         raise InputError(f"{model.name} is a base model; only reward models and policies have stages")
     if needs_approval and not proposal_id:
-        raise DeniedError(f"to promote {model.name} ({model_id}) needs an approval; `rlhfw stage propose {model_id}` asks for it")
+        raise DeniedError(
+            f"to promote {model.name} ({model_id}) needs an approval; `rlhfw stage propose {model_id}` asks for it"
+        )
     _ask_gates(store, model_id, gates)
     with store.transaction():
         before = champion_stage(store, model.kind, model.name)
@@ -143,15 +147,28 @@ def _require_trial(store: Store, champion_id: str, model_id: str, trial_id: str 
         raise StateError(f"{champion_id} is the champion; name the trial in which {model_id} won against it")
     trial = require_win(store, trial_id, model_id)
     if trial.champion_id != champion_id:
-        raise StateError(f"trial {trial_id} was against {trial.champion_id}, but {champion_id} is the champion now; open another")
+        raise StateError(
+            f"trial {trial_id} was against {trial.champion_id}, but {champion_id} is the champion now; open another"
+        )
 
 
 def _crown(store: Store, model_id: str, before: Stage | None, reason: str, trial_id: str | None) -> Stage:
     """Write the rows of a change of champions."""
     rows = []
     if before:
-        rows.append(Stage(model_id=before.model_id, stage="retired", reason=f"replaced by {model_id}: {reason}", actor=store.actor))
-    made = Stage(model_id=model_id, stage="champion", reason=reason, previous_id=before.model_id if before else None, trial_id=trial_id, actor=store.actor)
+        rows.append(
+            Stage(
+                model_id=before.model_id, stage="retired", reason=f"replaced by {model_id}: {reason}", actor=store.actor
+            )
+        )
+    made = Stage(
+        model_id=model_id,
+        stage="champion",
+        reason=reason,
+        previous_id=before.model_id if before else None,
+        trial_id=trial_id,
+        actor=store.actor,
+    )
     store.append([*rows, made])
     return made
 
@@ -175,7 +192,9 @@ def roll_back(
         if of is not None and present.model_id != of:
             return present
         if present.previous_id is None:
-            raise StateError(f"{present.model_id} is the first champion of {kind} {name!r}; pause what uses it, or promote another")
+            raise StateError(
+                f"{present.model_id} is the first champion of {kind} {name!r}; pause what uses it, or promote another"
+            )
         back, why = present.previous_id, reason.strip()
         origin = [s for s in store.records(Stage, model_id=back, stage="champion") if s.previous_id != present.model_id]
         facts: dict[str, Any] = {"actor": store.actor, "run_id": run_id}
@@ -184,7 +203,9 @@ def roll_back(
         made = Stage(model_id=back, stage="champion", reason=f"restored: {why}", previous_id=earlier, **facts)
         store.append([gone, made])
         title = f"{kind} model {name} was rolled back"
-        raise_alert(store, "critical", title, f"{present.model_id} → {back}: {why}", made.id, f"rollback {present.id}", run_id)
+        raise_alert(
+            store, "critical", title, f"{present.model_id} → {back}: {why}", made.id, f"rollback {present.id}", run_id
+        )
     return made
 
 # %% ../../nbs/govern/13_stages.ipynb #d2d08700
@@ -207,9 +228,16 @@ def challenge(
     pairs = store.frame(Prediction, model_id=model_id)["comparison_id"].tolist()
     predict_pairs(store, before.model_id, pairs, score=score, run_id=run_id)
     trial = open_trial(store, before.model_id, model_id, TrialSettings(alpha, min_effect), run_id=run_id)
-    store.append(Stage(model_id=model_id, stage="challenger", reason=f"trial {trial.id}", trial_id=trial.id, run_id=run_id))
+    store.append(
+        Stage(model_id=model_id, stage="challenger", reason=f"trial {trial.id}", trial_id=trial.id, run_id=run_id)
+    )
     seen = look(store, trial.id)
-    figures = {"verdict": seen.verdict, "trial_id": trial.id, "proposal_id": None, "champion_id": before.model_id}
+    figures: dict[str, Any] = {
+        "verdict": seen.verdict,
+        "trial_id": trial.id,
+        "proposal_id": None,
+        "champion_id": before.model_id,
+    }
     figures |= {"n": seen.n, "wins": seen.wins, "e_value": seen.e_value}
     if seen.verdict == "challenger":
         reason = f"won {seen.wins:g} of {seen.n} decided pairs, e-value {seen.e_value:.0f}"

@@ -203,6 +203,13 @@ def _texts(store: Store, comparison_ids: list[str]) -> list[tuple[list[dict[str,
     return found
 
 
+def _own_scores(store: Store, model_id: str, items: list[Any]) -> Any:
+    """What the model's weights say."""
+    with needs_extra("train"):
+        from rlhf_workbench.train.reward import score_answers
+    return score_answers(store, model_id, items)
+
+
 def predict_pairs(
     store: Store,
     model_id: str,  # a reward model
@@ -216,13 +223,13 @@ def predict_pairs(
     missing = [key for key in dict.fromkeys(comparison_ids) if key not in known]
     if not missing:
         return 0
-    if score is None:
-        with needs_extra("train"):
-            from rlhf_workbench.train.reward import score_answers as score
     items = [(prompt, text) for prompt, *texts in _texts(store, missing) for text in texts]
-    rewards = np.asarray(score(store, model_id, items), dtype=np.float64).reshape(-1, 2)
+    rewards = np.asarray((score or _own_scores)(store, model_id, items), dtype=np.float64).reshape(-1, 2)
     p_first = 1 / (1 + np.exp(-np.clip(rewards[:, 0] - rewards[:, 1], -50, 50)))
-    made = [Prediction(model_id=model_id, comparison_id=c, p_first=float(p), run_id=run_id) for c, p in zip(missing, p_first, strict=True)]
+    made = [
+        Prediction(model_id=model_id, comparison_id=c, p_first=float(p), run_id=run_id)
+        for c, p in zip(missing, p_first, strict=True)
+    ]
     store.append(made)
     return len(made)
 
@@ -277,8 +284,12 @@ def trial_table(
         looks = store.records(TrialLook, trial_id=trial.id)
         last = looks[-1] if looks else TrialLook(trial_id=trial.id, n=0, wins=0.0, e_value=1.0, verdict="continue")
         halves = int(2 * last.wins) % 2
-        low, high = win_rate_bounds(Tally(int(last.wins), last.n - int(last.wins) - halves, halves), trial.settings["alpha"])
-        rows.append((trial.id, trial.champion_id, trial.challenger_id, last.n, last.wins, low, high, last.e_value, last.verdict))
+        low, high = win_rate_bounds(
+            Tally(int(last.wins), last.n - int(last.wins) - halves, halves), trial.settings["alpha"]
+        )
+        rows.append(
+            (trial.id, trial.champion_id, trial.challenger_id, last.n, last.wins, low, high, last.e_value, last.verdict)
+        )
     return pd.DataFrame(rows, columns=columns)
 
 

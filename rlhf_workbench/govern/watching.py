@@ -13,11 +13,13 @@ import threading
 import time
 from collections.abc import Callable
 
+from .rule_files import Rules
+
 from ..core.schema import Decision, Firing
 from .actions import start_approved
 from .channels import ChannelLine, start_lines
 from .firing import Follower
-from .rules import Rules, look_tables
+from .rules import look_tables
 from ..store.engine import Told
 from ..store.tables import Store
 
@@ -80,7 +82,9 @@ class RuleWatch:
             try:
                 follower.keep()
             except Exception:
-                logger.exception("rule %s: its memory could not be kept; it is found again from the log", follower.rule.name)
+                logger.exception(
+                    "rule %s: its memory could not be kept; it is found again from the log", follower.rule.name
+                )
 
     def _notice(self, told: Told) -> None:
         """A change of something that a rule reads."""
