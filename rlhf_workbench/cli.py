@@ -18,6 +18,7 @@ import click
 
 from .commands.access import member, token
 from .commands.audit import audit
+from .commands.chart import chart
 from .commands.doctor import doctor
 from .commands.plugins import plugins
 from .commands.serve import serve
@@ -312,6 +313,8 @@ app.sections["Let in"] = ["token", "member"]
 app.add_command(webhook)
 app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
+app.add_command(chart)
+app.sections.setdefault("Watch", []).append("chart")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]

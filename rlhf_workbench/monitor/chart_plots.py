@@ -32,7 +32,7 @@ def panel_table(
                 rules[point].append(hit.rule)
     m = len(panel.values)
     lines = {name: getattr(panel, name) for name in ("center", "lower", "upper", "n")}
-    texts = [str(label) for label in labels] if labels else [str(i) for i in range(m)]
+    texts = [str(label) for label in labels] if labels is not None else [str(i) for i in range(m)]
     found = [", ".join(rules.get(i, [])) for i in range(m)]
     return pd.DataFrame({"index": np.arange(m), "label": texts, "value": panel.values, **lines, "rules": found})
 

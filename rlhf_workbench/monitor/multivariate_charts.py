@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ..core.errors import InputError
 from ..core.settings import needs_extra
 from .charts import Chart, Floats, Limits, needed_limits
+from .run_lengths import mewma_limit
 
 # %% ../../nbs/monitor/53_multivariate_charts.ipynb #bb84e85a
 def _checked_rows(rows: npt.ArrayLike, least: int) -> Floats:
@@ -135,8 +136,6 @@ def mewma_chart(
     if not 0 < weight <= 1:
         raise InputError(f"weight must be above 0 and at most 1, got {weight:g}; 0.1 is usual")
     if own["h"] is None:
-        from rlhf_workbench.monitor.run_lengths import mewma_limit
-
         own["h"] = mewma_limit(weight, x.shape[1])
     _fits(own, x.shape[1], 1)
     z = _averages(x - np.asarray(own["mean"]), weight)
