@@ -224,7 +224,7 @@ class Places:
         """Everything anew."""
         self.queues, self.leases, self._expiry, self.paused, self.suspended = {}, {}, [], {}, {}
         for kind, take in ((QueueState, self._pauses), (AnnotatorState, self._suspensions)):
-            for row in zip(*(store.arrow(kind)[name].to_pylist() for name in _COLUMNS[kind.table]), strict=True):
+            for row in _rows(store, f"SELECT {', '.join(_COLUMNS[kind.table])} FROM current_{kind.table} ORDER BY id"):
                 take(*row)
         for queue, item_id, comparison_id, overlap, priority, place, n_items in _rows(store, _ITEMS):
             found = self._queue(queue)

@@ -208,7 +208,7 @@ def _extents(rows: pd.DataFrame, points: pd.DataFrame, marks: pd.DataFrame, wind
 
 def _totals(values: Floats, starts: Any, ends: Any, measure: str) -> Floats:
     """Counts, sums and means by running totals."""
-    n = (ends - starts).astype(np.float64)
+    n: Floats = (ends - starts).astype(np.float64)
     if measure == "count":
         return n
     running = np.concatenate([[0.0], np.cumsum(values)])
