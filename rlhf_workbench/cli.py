@@ -20,6 +20,7 @@ from .commands.access import member, token
 from .commands.audit import audit
 from .commands.chart import chart
 from .commands.doctor import doctor
+from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
 from .commands.stages import queue, stage, trial
@@ -298,9 +299,8 @@ app.add_command(serve)
 app.sections["Look"] = ["serve"]
 
 
-for group in (trigger, trial, stage, queue):
-    app.add_command(group)
-app.sections.setdefault("Watch", []).extend(["trigger", "trial", "stage", "queue"])
+app.add_command(mistakes)
+app.sections.setdefault("Watch", []).append("mistakes")
 
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]
@@ -315,6 +315,9 @@ app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
 app.add_command(chart)
 app.sections.setdefault("Watch", []).append("chart")
+for group in (trigger, trial, stage, queue):
+    app.add_command(group)
+    app.sections["Watch"].append(str(group.name))
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
