@@ -17,8 +17,6 @@ import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf_workbench.govern.rule_files import parse_rules
-from rlhf_workbench.govern.tracks import Place
 
 from rlhf_workbench.core.errors import InputError
 from rlhf_workbench.core.schema import (
@@ -49,8 +47,10 @@ from rlhf_workbench.core.schema import (
 from rlhf_workbench.govern.firing import Follower, begin_rule
 from rlhf_workbench.govern.quantities import QUANTITIES, fold_rows, read_rows
 from rlhf_workbench.govern.rehearsal import backtest, dry_run
+from rlhf_workbench.govern.rule_files import parse_rules
 from rlhf_workbench.govern.rules import Rule
 from rlhf_workbench.govern.stages import champion_stage, promote
+from rlhf_workbench.govern.tracks import Place
 from rlhf_workbench.govern.watching import RuleWatch, look_once
 from rlhf_workbench.store.tables import Store, connect
 

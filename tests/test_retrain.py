@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-from rlhf_workbench.govern.rule_files import parse_rules
 
 from rlhf_workbench.collect.queue import add_items
 from rlhf_workbench.core.errors import DeniedError
@@ -27,6 +26,7 @@ from rlhf_workbench.core.schema import (
 from rlhf_workbench.govern.actions import start_approved
 from rlhf_workbench.govern.approval import decide
 from rlhf_workbench.govern.retraining import retrain_order
+from rlhf_workbench.govern.rule_files import parse_rules
 from rlhf_workbench.govern.stages import promote, propose_promotion
 from rlhf_workbench.govern.watching import look_once
 from rlhf_workbench.serve.jobs import find_job, run_job

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rlhf_workbench.govern.rule_files import parse_rules, read_rules
 
 from rlhf_workbench.core.errors import InputError
 from rlhf_workbench.govern.quantities import QUANTITIES
+from rlhf_workbench.govern.rule_files import parse_rules, read_rules
 from rlhf_workbench.govern.rules import rule_tables
 
 GOOD = {"name": "a", "watch": "open_alerts", "at_least": "3", "do": "alert"}

@@ -34,9 +34,8 @@ def _read(rules: Path, only: str | None = None) -> Any:
     """The rules of a file, or one of them; raises `InputError` that tells every mistake."""
     from dataclasses import replace
 
-    from rlhf_workbench.govern.rule_files import read_rules
-
     from rlhf_workbench.core.errors import MissingError
+    from rlhf_workbench.govern.rule_files import read_rules
 
     found = read_rules(rules)
     if only is None:
@@ -55,9 +54,8 @@ def check(rules: Path, store: Path, as_json: bool) -> None:
 
     Example: rlhfw trigger check rules.yaml
     """
-    from rlhf_workbench.govern.rule_files import parse_rules
-
     from rlhf_workbench.commands.verbs import existing_file
+    from rlhf_workbench.govern.rule_files import parse_rules
 
     found = parse_rules(Path(existing_file(rules)).read_text(encoding="utf-8"))
     facts = {"is_valid": not found.problems, "problems": [asdict(problem) for problem in found.problems]}

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from .tracks import Place, timeline, tracks
 
 from ..core.errors import WorkbenchError
 from ..core.schema import Firing, Run, RunEnd, StreamState, correction, utc_now
@@ -26,6 +25,7 @@ from .alerts import raise_alert
 from .conditions import Machine, Outcome, Point
 from .retraining import STEPS, estimate_cost
 from .rules import Rule
+from .tracks import Place, timeline, tracks
 from ..store.tables import Store
 
 # %% ../../nbs/govern/16_firing.ipynb #8a3bdbad

@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import Any
 
 import pandas as pd
-from .tracks import Place, timeline, tracks
 
 from ..core.errors import InputError, MissingError
 from ..core.schema import Run, StreamState
@@ -21,6 +20,7 @@ from .conditions import Machine
 from .firing import Happening, follow, present_place, start_points
 from .retraining import Plan, plan_retraining
 from .rules import Rule
+from .tracks import Place, timeline, tracks
 from ..store.tables import Store
 
 # %% ../../nbs/govern/17_rehearsal.ipynb #089ecf6e

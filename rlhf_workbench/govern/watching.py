@@ -13,12 +13,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from .rule_files import Rules
-
 from ..core.schema import Decision, Firing
 from .actions import start_approved
 from .channels import ChannelLine, start_lines
 from .firing import Follower
+from .rule_files import Rules
 from .rules import look_tables
 from ..store.engine import Told
 from ..store.tables import Store

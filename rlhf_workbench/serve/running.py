@@ -18,11 +18,10 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from ..govern.rule_files import Rules
-
 from ..core.errors import StateError
 from ..core.settings import needs_extra
 from ..govern.dispatch import Dispatcher
+from ..govern.rule_files import Rules
 from ..govern.watching import RuleWatch
 from .callers import Service
 from .events import Feed
