@@ -20,6 +20,7 @@ from .commands.access import member, token
 from .commands.audit import audit
 from .commands.chart import chart
 from .commands.doctor import doctor
+from .commands.form import form
 from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
@@ -318,6 +319,8 @@ app.sections.setdefault("Watch", []).append("chart")
 for group in (trigger, trial, stage, queue):
     app.add_command(group)
     app.sections["Watch"].append(str(group.name))
+app.add_command(form)
+app.sections.setdefault("Watch", []).append("form")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
