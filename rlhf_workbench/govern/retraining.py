@@ -18,7 +18,7 @@ from typing import Any
 import pandas as pd
 
 from ..core.errors import DeniedError, InputError, MissingError
-from ..core.schema import Firing, Proposal, Run
+from ..core.schema import Firing, Run
 from .approval import require_approval
 from ..quality.consensus import queue_votes
 from ..store.tables import Store

@@ -10,7 +10,6 @@ __all__ = ['logger', 'RuleWatch', 'look_once']
 # %% ../../nbs/govern/19_watching.ipynb #5dfdefba
 import logging
 import threading
-import time
 from collections.abc import Callable
 
 from ..core.schema import Decision, Firing
