@@ -26,7 +26,9 @@ from .commands.form import form
 from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
+from .commands.stages import queue, stage, trial
 from .commands.store import KEY_FILE, need_key, store_group
+from .commands.triggers import trigger
 from .commands.verbs import FILE, OUT, Verbs, existing_file, rows_of, say, shared, text_of
 from .commands.webhooks import alert, webhook
 from .core.errors import InputError, WorkbenchError
@@ -318,6 +320,9 @@ app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
 app.add_command(chart)
 app.sections.setdefault("Watch", []).append("chart")
+for group in (trigger, trial, stage, queue):
+    app.add_command(group)
+    app.sections["Watch"].append(str(group.name))
 app.add_command(form)
 app.sections.setdefault("Watch", []).append("form")
 app.add_command(doctor)
