@@ -18,12 +18,17 @@ import click
 
 from .commands.access import member, token
 from .commands.audit import audit
+from .commands.calibrate import calibrate
 from .commands.chart import chart
 from .commands.doctor import doctor
+from .commands.drift import drift
+from .commands.form import form
 from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
+from .commands.stages import queue, stage, trial
 from .commands.store import KEY_FILE, need_key, store_group
+from .commands.triggers import trigger
 from .commands.verbs import FILE, OUT, Verbs, existing_file, rows_of, say, shared, text_of
 from .commands.webhooks import alert, webhook
 from .core.errors import InputError, WorkbenchError
@@ -299,6 +304,8 @@ app.sections["Look"] = ["serve"]
 
 app.add_command(mistakes)
 app.sections.setdefault("Watch", []).append("mistakes")
+app.add_command(drift)
+app.sections.setdefault("Watch", []).append("drift")
 
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]
@@ -313,9 +320,16 @@ app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
 app.add_command(chart)
 app.sections.setdefault("Watch", []).append("chart")
+for group in (trigger, trial, stage, queue):
+    app.add_command(group)
+    app.sections["Watch"].append(str(group.name))
+app.add_command(form)
+app.sections.setdefault("Watch", []).append("form")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
+app.add_command(calibrate)
+app.sections.setdefault("Watch", []).append("calibrate")
 
 # %% ../nbs/cli.ipynb #413ed5c4
 def main(

@@ -27,7 +27,7 @@ from cryptography.x509.oid import NameOID
 
 from rlhf_workbench.commands.serve import Place, check_place, is_here, project_names, serve
 from rlhf_workbench.core.errors import InputError, MissingError
-from rlhf_workbench.core.schema import Job, JobEnd, Prompt, utc_now
+from rlhf_workbench.core.schema import Delivery, DriftEvent, Firing, Job, JobEnd, Prompt, QueueItem, QueueState, utc_now
 from rlhf_workbench.govern.access import make_token
 from rlhf_workbench.store.tables import connect
 
@@ -318,3 +318,37 @@ def test_two_stores_of_one_name_are_refused() -> None:
 def test_the_command_says_what_it_takes() -> None:
     text = CliRunner().invoke(serve, ["--help"]).output
     assert {"--store", "--port", "--host", "--behind-proxy", "--public-url", "--json", "--seed"} <= set(text.split())
+
+
+# Rules beside the service
+
+
+@pytest.mark.slow
+def test_from_an_event_to_an_action_in_less_than_a_second(tmp_path: Path) -> None:
+    """A paused queue, an alert in the log, and nothing twice after the service was started again."""
+    rules = tmp_path / "rules.yaml"
+    rules.write_text(
+        "channels: [log]\nrules:\n  - {name: r, watch: drift_events, at_least: 1, do: pause_queue, with: {queue: q}}\n"
+    )
+    path = tmp_path / "s.duckdb"
+    with connect(path) as store:
+        store.append(QueueItem(queue="q", comparison_id="c"))
+    took: list[float] = []
+    for _ in range(2):
+        with served(path, options=("--rules", str(rules))), connect(path) as store:
+            begin = time.monotonic()
+            store.append(DriftEvent(stream="eve", detector="DDM", index=1, is_confirmed=True))
+            until(lambda store=store: store.records(QueueState, status="paused"))
+            took.append(time.monotonic() - begin)
+            until(lambda store=store: store.records(Delivery, webhook_id="channel.log", status="delivered"))
+            assert len(store.records(Firing)) == len(store.records(QueueState)) == len(store.records(Delivery)) == 1
+    assert took[0] < 5.0, "a free processor needs some 0.1 s, a busy one more than the second that is promised"
+
+
+def test_rules_with_a_mistake_are_told_before_anything_is_served(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text("rules:\n  - {name: r, wacht: drift_events}\n")
+    words = ["--rules", str(tmp_path / "rules.yaml"), "--store", str(tmp_path / "s.duckdb")]
+    command = [sys.executable, "-c", RLHFW, "serve", "--no-open", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "line 2: rule 'r': wacht is not known; did you mean 'watch'?" in done.stderr

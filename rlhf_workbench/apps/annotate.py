@@ -36,11 +36,18 @@ class LabelSession:
         self.task: Task | None = None  # None: nothing left for this person
         self.reason = ""  # what the person wrote about this task before taking the answer back
         self.notice = ""  # what the person should know about the last answer
+        self.stopped = ""  # why there is no task although there may be work
         self._answered: list[tuple[Task, str]] = []
         self._show(self._next())
 
     def _next(self) -> Task | None:
-        return next_task(self.store, self.queue, self.annotator_id, seed=self.seed)
+        """The next task; none, and a notice why, when the queue is paused or this person suspended."""
+        self.stopped = ""
+        try:
+            return next_task(self.store, self.queue, self.annotator_id, seed=self.seed)
+        except StateError as error:
+            self.stopped = str(error)
+            return None
 
     def _show(self, task: Task | None, reason: str = "") -> None:
         self.task, self.reason, self._since = task, reason, time.monotonic()
@@ -57,7 +64,8 @@ class LabelSession:
     ) -> Annotation | None:  # None: the place was given away, and `notice` says so
         """Submit what was chosen and go on; raises `StateError` when there is no task."""
         if self.task is None:
-            raise StateError(f"queue {self.queue!r} has nothing left for {self.annotator_id}; add items to it")
+            nothing = f"queue {self.queue!r} has nothing left for {self.annotator_id}; add items to it"
+            raise StateError(self.stopped or nothing)
         seconds, text = time.monotonic() - self._since, reason.strip()
         made, self.notice = None, ""
         try:
@@ -109,7 +117,8 @@ def session_html(
 ) -> str:  # HTML, safe to show
     """What the person reads now: the task, or that there is none left."""
     note = f'<div class="note" role="status">{html.escape(session.notice)}</div>' if session.notice else ""
-    body = task_html(session.task) if session.task else _block("turn", "done", "Nothing is left for you. Thank you.")
+    name, said = ("stopped", session.stopped) if session.stopped else ("done", "Nothing is left for you. Thank you.")
+    body = task_html(session.task) if session.task else _block("turn", name, said)
     return f'{_STYLE}<div class="rlhfw-task">{note}{body}</div>'
 
 

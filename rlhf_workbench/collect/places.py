@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from ..core.schema import Annotation, Lease, QueueItem
+from ..core.schema import Annotation, AnnotatorState, Lease, QueueItem, QueueState
 from ..store.tables import Store
 
 # %% ../../nbs/collect/03_places.ipynb #0e550a4f
@@ -147,6 +147,8 @@ class Places:
     def __init__(self) -> None:
         self.queues: dict[str, OpenItems] = {}
         self.leases: dict[str, Held] = {}
+        self.paused: dict[str, str] = {}  # queue → why
+        self.suspended: dict[tuple[str, str | None], tuple[str, str]] = {}  # annotator, queue or all → id, why
         self._expiry: list[Held] = []  # a heap
         self._seq, self._epoch = -1, ""
 
@@ -156,7 +158,7 @@ class Places:
         now: datetime,
     ) -> "Places":  # itself, up to date
         """Take in what was written since the last look, and let go of leases that lapsed."""
-        news = store.news((QueueItem, Lease, Annotation), max(self._seq, 0))
+        news = store.news(_FOLLOWED, max(self._seq, 0))
         is_known = self._seq >= 0 and news.epoch == self._epoch and news.rows is not None
         if not (is_known and all(self._take_in(table, rows) for table, rows in news.rows or ())):
             self._read(store, now)
@@ -167,17 +169,27 @@ class Places:
             self._queue(held.queue).lapse(held.id, held.comparison_id, held.annotator_id)
         return self
 
+    def suspension(
+        self,
+        annotator_id: str,
+        queue: str,
+    ) -> tuple[str, str] | None:  # id of the state, and why
+        """What keeps somebody from ordinary work, if anything."""
+        return self.suspended.get((annotator_id, queue)) or self.suspended.get((annotator_id, None))
+
     def _queue(self, name: str) -> OpenItems:
         """A queue, made when it is new."""
         return self.queues.setdefault(name, OpenItems())
 
     def _take_in(self, table: str, rows: dict[str, list[Any]]) -> bool:
         """Take in new rows; False when they correct something that cannot be corrected here."""
-        if any(rows["replaces"]) and (table != Annotation.table or "skip" in rows["label"]):
+        is_state = table in (QueueState.table, AnnotatorState.table)
+        if any(rows["replaces"]) and not is_state and (table != Annotation.table or "skip" in rows["label"]):
             return False
-        take = {QueueItem.table: self._items, Lease.table: self._leases, Annotation.table: self._answers}[table]
+        take = {QueueItem.table: self._items, Lease.table: self._leases, Annotation.table: self._answers}
+        take |= {QueueState.table: self._pauses, AnnotatorState.table: self._suspensions}
         for row in zip(*(rows[name] for name in _COLUMNS[table]), strict=True):
-            take(*row)
+            take[table](*row)
         return True
 
     def _items(self, queue: str, item_id: str, comparison_id: str, overlap: int, priority: float) -> None:
@@ -198,9 +210,22 @@ class Places:
         if queue is not None:
             self._queue(queue).answer(comparison_id, annotator_id, label, lease_id)
 
+    def _pauses(self, queue: str, status: str, reason: str) -> None:
+        self.paused.pop(queue, None)
+        if status == "paused":
+            self.paused[queue] = reason
+
+    def _suspensions(self, annotator_id: str, queue: str | None, status: str, state_id: str, reason: str) -> None:
+        self.suspended.pop((annotator_id, queue), None)
+        if status == "suspended":
+            self.suspended[annotator_id, queue] = (state_id, reason)
+
     def _read(self, store: Store, now: datetime) -> None:
         """Everything anew."""
-        self.queues, self.leases, self._expiry = {}, {}, []
+        self.queues, self.leases, self._expiry, self.paused, self.suspended = {}, {}, [], {}, {}
+        for kind, take in ((QueueState, self._pauses), (AnnotatorState, self._suspensions)):
+            for row in _rows(store, f"SELECT {', '.join(_COLUMNS[kind.table])} FROM current_{kind.table} ORDER BY id"):
+                take(*row)
         for queue, item_id, comparison_id, overlap, priority, place, n_items in _rows(store, _ITEMS):
             found = self._queue(queue)
             found.n_items = n_items
@@ -215,7 +240,10 @@ _COLUMNS = {
     QueueItem.table: ("queue", "id", "comparison_id", "overlap", "priority"),
     Lease.table: Held._fields,
     Annotation.table: ("queue", "comparison_id", "annotator_id", "label", "lease_id"),
+    QueueState.table: ("queue", "status", "reason"),
+    AnnotatorState.table: ("annotator_id", "queue", "status", "id", "reason"),
 }
+_FOLLOWED = (QueueItem, Lease, Annotation, QueueState, AnnotatorState)
 
 
 def _rows(store: Store, query: str, params: Any = ()) -> Any:

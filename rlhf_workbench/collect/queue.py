@@ -17,7 +17,8 @@ from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from .places import Held, places_of
+from .places import Held, OpenItems, Places, places_of
+from .standing import next_gold, weigh_gold
 from ..core.errors import InputError, MissingError, StateError
 from rlhf_workbench.core.schema import (
     Annotation,
@@ -86,20 +87,23 @@ def next_task(
     seed: int | None = None,  # for the draw of left and right; None: by lot
     run_id: str | None = None,
 ) -> Task | None:  # None: nothing left for this person
-    """Lease the next item, or give back the one that this person holds already."""
+    """Lease the next item, or give back the one held already; raises `StateError` when the queue is paused, or this person suspended and no gold item left."""
     now = utc_now()
     with store.transaction(is_brief=True):
         places = places_of(store, now)
+        if queue in places.paused:
+            raise StateError(f"queue {queue!r} is paused: {places.paused[queue]}; ask for a task when it is open again")
         line = places.queues.get(queue)
         if line is None:
             return None
-        if mine := line.held.get(annotator_id):
-            lease: Lease | Held = places.leases[max(mine)]
-        elif item := line.first_for(annotator_id):
-            lot = secrets.token_bytes(1) if seed is None else _lot(f"{seed}:{item.place}:{annotator_id}")
+        held, comparison_id, place = _choice(store, places, line, queue, annotator_id)
+        if held:
+            lease: Lease | Held = places.leases[held]
+        elif comparison_id:
+            lot = secrets.token_bytes(1) if seed is None else _lot(f"{seed}:{place}:{annotator_id}")
             lease = Lease(
                 queue=queue,
-                comparison_id=item.comparison_id,
+                comparison_id=comparison_id,
                 annotator_id=annotator_id,
                 actor=annotator_id,
                 expires_at=now + timedelta(seconds=lease_s),
@@ -110,6 +114,22 @@ def next_task(
         else:
             return None
     return _show(store, lease)
+
+
+def _choice(
+    store: Store, places: Places, line: OpenItems, queue: str, annotator_id: str
+) -> tuple[str, str, int | str]:  # a lease that is held, or a comparison and its place; empty: none
+    """What somebody works on next."""
+    mine = line.held.get(annotator_id, {})
+    if suspension := places.suspension(annotator_id, queue):
+        gold = next_gold(store, queue, annotator_id)
+        if gold is None:
+            raise StateError(f"{annotator_id} is suspended: {suspension[1]}; no gold item is left in queue {queue!r}")
+        return next((lease for lease in sorted(mine) if mine[lease] == gold), ""), gold, gold
+    if mine:
+        return max(mine), "", 0
+    item = line.first_for(annotator_id)
+    return ("", item.comparison_id, item.place) if item else ("", "", 0)
 
 
 def _lot(text: str) -> bytes:
@@ -159,13 +179,10 @@ def submit(
     run_id: str | None = None,
 ) -> Annotation:
     """Answer a leased task; raises `InputError` on another word, `MissingError` without a lease, `StateError` when the place is gone."""
-    if choice not in get_args(Choice):
-        raise InputError(f"choice must be left, right, tie or skip, got {choice!r}")
-    if strength is not None and not 0 <= strength <= 1:
-        raise InputError(f"strength must be between 0 and 1, got {strength}")
+    _check_answer(choice, strength)
     now = utc_now()
     with store.transaction(is_brief=True):
-        lease, earlier = _standing(store, lease_id, now)
+        lease, earlier, suspension = _standing(store, lease_id, now)
         if annotator_id not in (None, lease.annotator_id) or queue not in (None, lease.queue):
             raise MissingError(f"there is no lease {lease_id}; it may be in another store than {store.path}")
         annotation = Annotation(
@@ -184,7 +201,17 @@ def submit(
             replaces=earlier,
         )
         store.append(annotation)
+        if suspension:
+            weigh_gold(store, suspension[0])
     return annotation
+
+
+def _check_answer(choice: Choice, strength: float | None) -> None:
+    """Raise `InputError` on another word or a strength that is none."""
+    if choice not in get_args(Choice):
+        raise InputError(f"choice must be left, right, tie or skip, got {choice!r}")
+    if strength is not None and not 0 <= strength <= 1:
+        raise InputError(f"strength must be between 0 and 1, got {strength}")
 
 
 def _label(choice: Choice, is_swapped: bool) -> Label:
@@ -198,20 +225,21 @@ def _label(choice: Choice, is_swapped: bool) -> Label:
 
 def _standing(
     store: Store, lease_id: str, now: datetime
-) -> tuple[Lease | Held, str | None]:  # the lease, and the answer that this one corrects
+) -> tuple[Lease | Held, str | None, tuple[str, str] | None]:  # the lease, what is corrected, the suspension
     """A lease that may be answered: one that holds, that was answered before, or whose place nobody took."""
     places = places_of(store, now)
     lease = places.leases.get(lease_id) or store.get(Lease, lease_id)
+    suspension = places.suspension(lease.annotator_id, lease.queue)
     if lease_id in places.leases:
-        return lease, None
+        return lease, None, suspension
     if earlier := store.records(Annotation, lease_id=lease_id):
-        return lease, earlier[0].id
+        return lease, earlier[0].id, suspension
     item = places.queues[lease.queue].items.get(lease.comparison_id)
     if item is None or not item.is_free_for(lease.annotator_id):
         raise StateError(
             f"the lease lapsed at {lease.expires_at:%H:%M:%S} UTC and the place was given away; take the next task"
         )
-    return lease, None
+    return lease, None, suspension
 
 # %% ../../nbs/collect/04_queue.ipynb #71647868
 @dataclass(frozen=True)

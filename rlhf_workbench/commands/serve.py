@@ -128,19 +128,36 @@ def _settings(place: Place) -> Any:
     return SignInSettings(public_url=place.public_url, hosts=LOOPBACK | own, oidc=read_oidc_settings(os.environ))
 
 
+def _listening(app: Any, service: Any, place: Place) -> Any:
+    """How the server speaks to its clients."""
+    import uvicorn
+
+    from rlhf_workbench.serve.limits import patient_protocol
+
+    return uvicorn.Config(
+        app,
+        http=patient_protocol(service.limits.header_s),
+        log_config=None,
+        access_log=False,  # it would show the link's secret
+        server_header=False,
+        proxy_headers=place.is_behind_proxy,
+        ssl_certfile=place.cert,
+        ssl_keyfile=str(place.key) if place.key else None,
+        timeout_graceful_shutdown=10,
+    )
+
+
 def run_service(
     projects: dict[str, Any],
     place: Place,
     *,
+    rules: Any = None,  # govern.rules.Rules, judged in every project
     open_browser: bool = False,
     as_json: bool = False,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; raises `StateError` when the port is taken."""
-    import uvicorn
-
     from rlhf_workbench.apps.main import build_app
     from rlhf_workbench.serve.callers import Service
-    from rlhf_workbench.serve.limits import patient_protocol
     from rlhf_workbench.serve.running import Server, listen
     from rlhf_workbench.serve.signin import SignIn
 
@@ -148,6 +165,7 @@ def run_service(
         signin = SignIn(projects, _settings(place))
         service = Service(projects, signin)
         app, parts = build_app(service, signin, is_alone=not place.is_behind_proxy)
+        parts.rules = rules
         base, link = _addresses(place, sock.getsockname()[1], signin)
 
         def greet() -> None:
@@ -157,19 +175,7 @@ def run_service(
             if open_browser and link:
                 threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
 
-        config = uvicorn.Config(
-            app,
-            http=patient_protocol(service.limits.header_s, is_direct=not place.is_behind_proxy),
-            timeout_keep_alive=35,  # longer than a client's transaction may be silent
-            log_config=None,
-            access_log=False,  # it would show the link's secret
-            server_header=False,
-            proxy_headers=place.is_behind_proxy,
-            ssl_certfile=place.cert,
-            ssl_keyfile=str(place.key) if place.key else None,
-            timeout_graceful_shutdown=10,
-        )
-        Server(config, parts, greet).run(sockets=[sock])
+        Server(_listening(app, service, place), parts, greet).run(sockets=[sock])
 
 
 def _addresses(place: Place, port: int, signin: Any) -> tuple[str, str]:
@@ -197,6 +203,7 @@ def _addresses(place: Place, port: int, signin: Any) -> tuple[str, str]:
 @click.option("--key", type=FILE, help="Its key file.")
 @click.option("--behind-proxy", is_flag=True, help="A proxy on this machine speaks https and names the clients.")
 @click.option("--public-url", default="", help="The address that people use, such as https://rlhf.example.")
+@click.option("--rules", "rules_file", type=FILE, help="Rules in YAML: what shall happen when; see `rlhfw trigger`.")
 @click.option("--open/--no-open", "open_browser", default=True, help="Open the browser.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, help="Nothing here is random.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -208,6 +215,7 @@ def serve(
     key: Path | None,
     behind_proxy: bool,
     public_url: str,
+    rules_file: Path | None,
     open_browser: bool,
     seed: int,
     as_json: bool,
@@ -218,7 +226,10 @@ def serve(
     """
     place = Place(host, port, cert, key, behind_proxy, public_url)
     check_place(place)
+    from rlhf_workbench.govern.rule_files import read_rules
+
+    rules = read_rules(rules_file) if rules_file else None
     with open_projects(stores) as projects:
-        run_service(projects, place, open_browser=open_browser, as_json=as_json)
+        run_service(projects, place, rules=rules, open_browser=open_browser, as_json=as_json)
     if not as_json:
         click.echo("The service has ended; everything is written.")

@@ -10,9 +10,10 @@ __all__ = ['Shape', 'KnownStream', 'simulate_stream', 'Score', 'score_alarms', '
 # %% ../../nbs/monitor/25_accuracy.ipynb #8bc2790e
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from ..core.errors import InputError
 from ..core.settings import needs_extra
@@ -106,7 +107,7 @@ def score_alarms(
 # %% ../../nbs/monitor/25_accuracy.ipynb #31ec3961
 def prequential_errors(
     features: Floats,  # n × d
-    labels: np.ndarray,  # n
+    labels: npt.NDArray[Any],  # n
     *,
     memory: int | None = 1000,  # rows that it learns from; None: it learns once, from the first `warm_up`
     refit: int = 100,  # rows between two fits
@@ -124,4 +125,4 @@ def prequential_errors(
         if memory is not None:
             begin = max(0, stop - memory)
             model = GaussianNB().fit(features[begin:stop], labels[begin:stop])
-    return np.concatenate(wrong).astype(np.float64)
+    return np.asarray(np.concatenate(wrong), dtype=np.float64)

@@ -43,22 +43,25 @@ def scan_values(
     *,
     budget: float = 1e-4,  # false alarms a value; of `auto` only
     k: int = 2,  # signals that must agree; of `auto` only
-    reference: int | None = None,  # first values that are the quiet period; None: 500 of scores, none of errors
+    reference: int
+    | npt.ArrayLike
+    | None = None,  # first values that are the quiet period, or its values; None: 500 of scores, none of errors
     seed: int = 0,
 ) -> Scan:
     """All alarms on a finished stream; raises `InputError` on too few values and on what cannot be watched."""
     stream = np.asarray(values, dtype=np.float64)
     kind = kind_of_stream(stream)
-    count = (500 if kind == "scores" else 0) if reference is None else reference
+    if detector != AUTO:
+        return _scan_single(stream, detector, kind, seed)
+    usual = 500 if kind == "scores" else 0
+    count = usual if reference is None else reference if isinstance(reference, int) else 0
     if len(stream) <= count:
         raise InputError(
             f"not enough data: {len(stream)} values with a reference of {count}; take a shorter reference or more values; "
             "this does not mean no drift"
         )
-    quiet = stream[:count] if count else None
-    if detector != AUTO:
-        return _scan_single(stream, detector, kind, seed)
-    watch = ChangeWatch(kind, budget=budget, k=k, reference=quiet, seed=seed)
+    quiet = stream[:count] if count or reference is None else np.asarray(reference, dtype=np.float64)
+    watch = ChangeWatch(kind, budget=budget, k=k, reference=quiet if np.size(quiet) > 1 else None, seed=seed)
     alarms, warnings = find_changes(stream, watch)
     return Scan(alarms, warnings, kind, len(stream) * watch.alarm_rate, watch.threshold)
 

@@ -98,7 +98,8 @@ def effect_size(
 
 # %% ../../nbs/monitor/24_confirmation.ipynb #8cc664db
 _SHARE = 5  # an alarm takes this part of the budget
-_BLOCK = 512
+_BLOCK = 512  # values that are looked at together: what is computed for them fits into the cache
+_PORTION = 100 * _BLOCK
 _MOVING = 3.0  # nats that say that the level still moves
 _HOLD = 200, 500  # values that a level must hold for, at least and at most
 
@@ -128,7 +129,8 @@ class ChangeWatch:
         if reference is not None:
             self._calibrate(np.asarray(reference, dtype=np.float64), seed)
         self._stretch = Stretch(kind)
-        self._before: tuple[float, float, float] | None = None  # sums of the old level while settling
+        self._before = (0.0, 0.0, 0.0)  # sums of the level before the last alarm
+        self._is_settling = False
         self._change: Change | None = None  # the last alarm
         self._hold = _HOLD[0]
         self._is_warned = False
@@ -163,18 +165,23 @@ class ChangeWatch:
         values: npt.ArrayLike,  # m that come next
     ) -> list[Notice]:  # in order
         """Take the next values; raises `InputError` when one cannot be watched, and then takes none."""
-        ready = self._on_scale(self._checked(np.atleast_1d(np.asarray(values, dtype=np.float64))))
+        checked = self._checked(np.atleast_1d(np.asarray(values, dtype=np.float64)))
+        portions = (checked[start : start + _PORTION] for start in range(0, len(checked), _PORTION))
+        return [notice for portion in portions for notice in self._follow(self._on_scale(portion))]
+
+    def _follow(self, ready: Floats) -> list[Notice]:
+        """What there is to say about the next values."""
         notices: list[Notice] = []
         while len(ready):
             block = ready[:_BLOCK]
             best = self._stretch.evidence(block).max(axis=1)
-            place = (self._next_watching if self._before is None else self._next_settling)(best)
+            place = (self._next_settling if self._is_settling else self._next_watching)(best)
             taken = len(block) if place is None else place + 1
             self._stretch.extend(block[:taken])
             self.seen += taken
             ready = ready[taken:]
             if place is not None:
-                notices += self._settle(best[place]) if self._before is not None else self._decide(float(best[place]))
+                notices += (self._settle if self._is_settling else self._decide)(float(best[place]))
         return notices
 
     def _next_watching(self, best: Floats) -> int | None:
@@ -195,11 +202,21 @@ class ChangeWatch:
             return []
         change = self._suspect(evidence)
         if evidence >= self.threshold and self.seen > self._retry_at:
+            if self._goes_on(change):
+                self._stretch.begin(0)
+                self._is_settling = True
+                return []
             if len(agreeing := self._agreeing()) >= self.k:
                 return [self._raise(replace(change, detectors=agreeing))]
             self._retry_at = self.seen + 8
         is_news, self._is_warned = not self._is_warned, True
         return [Notice("warning", change)] if is_news else []
+
+    def _goes_on(self, change: Change) -> bool:
+        """Whether this is the last change, which had only seemed to be settled."""
+        last = self._change
+        is_same = last is not None and last.settled is not None and last.direction == change.direction
+        return is_same and last is not None and change.start <= (last.settled or 0) + 2 * self._hold
 
     def _suspect(self, evidence: float) -> Change:
         """What the likelihood suspects."""
@@ -241,12 +258,12 @@ class ChangeWatch:
         length = self.seen - change.start
         self._before = self._stretch.begin(length)
         self._hold = int(np.clip(length, *_HOLD))
-        self._change, self._is_warned = change, False
+        self._change, self._is_warned, self._is_settling = change, False, True
         return Notice("alarm", change)
 
     def _settle(self, evidence: float) -> list[Notice]:
         """Follow a level that still moves; tell when it has held."""
-        assert self._change is not None and self._before is not None
+        assert self._change is not None
         is_late = self.seen - self._change.index > 8 * self._hold
         if evidence >= _MOVING and not is_late:
             self._stretch.begin(0)
@@ -258,7 +275,7 @@ class ChangeWatch:
         is_back = (found < _MOVING and is_near) or (step > 0) != (self._change.direction == "rise")
         self._change = replace(self._change, **self._outcome(is_back, step, now[1] / now[0]))
         notices = [Notice("recovered" if is_back else "settled", self._change)]
-        self._before = None
+        self._is_settling = False
         if is_back and found >= self.threshold:
             levels = before[1] / before[0], now[1] / now[0]
             self._change = self._described(self.seen - int(now[0]), *levels, found)
@@ -282,7 +299,8 @@ class ChangeWatch:
         return {
             "seen": self.seen,
             "stretch": self._stretch.state(),
-            "before": self._before and list(self._before),
+            "before": list(self._before),
+            "is_settling": self._is_settling,
             "change": change,
             "hold": self._hold,
             "is_warned": self._is_warned,
@@ -301,7 +319,7 @@ class ChangeWatch:
         self.seen, self._hold, self._is_warned = state["seen"], state["hold"], state["is_warned"]
         self._retry_at, (self.warning_at, self.threshold) = state["retry_at"], state["thresholds"]
         self._stretch = restore_stretch(state["stretch"])
-        self._before = tuple(state["before"]) if state["before"] else None  # type: ignore[assignment]
+        self._before, self._is_settling = tuple(state["before"]), state["is_settling"]
         kept, scale = state["change"], state["scale"]
         self._change = Change(**kept | {"detectors": tuple(kept["detectors"])}) if kept else None
         self.scale = Scale(tuple(scale["quantiles"]), scale["n"]) if scale else None

@@ -93,7 +93,7 @@ def _thaw_object(kept: dict[str, Any]) -> Any:
     fields = {name: thaw(v) for name, v in kept["fields"].items()}
     if "part" not in kept:
         return fields
-    kind = _known_parts()[kept["part"]]
+    kind: Any = _known_parts()[kept["part"]]
     part = kind.__new__(kind)
     vars(part).update(fields)
     return part

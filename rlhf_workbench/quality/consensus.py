@@ -6,7 +6,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/quality/consensus.html.md"""
 
 # %% auto #0
 __all__ = ['Method', 'PREFERENCES', 'PRIOR_VOTES', 'TOLERANCE', 'SHOWN_ANNOTATORS', 'mirrored_counts', 'ConsensusTables',
-           'aggregate_votes', 'consensus_labels', 'truth_figures', 'build_consensus']
+           'aggregate_votes', 'consensus_labels', 'truth_figures', 'queue_votes', 'build_consensus']
 
 # %% ../../nbs/quality/01_consensus.ipynb #d8ef1d81
 import sys
@@ -224,9 +224,19 @@ def truth_figures(
 SHOWN_ANNOTATORS = 20  # in the figures; the table has them all
 
 
-def _queue_votes(store: Store, queue: str) -> pd.DataFrame:
-    """The answers of a queue: task, worker, label, is_left."""
-    found = store.frame(Annotation, queue=queue)
+_AS_OF = """
+SELECT * FROM annotation a WHERE queue = $queue AND audit_seq <= $upto
+AND NOT EXISTS (SELECT 1 FROM annotation r WHERE r.replaces = a.id AND r.audit_seq <= $upto) ORDER BY id
+"""
+
+
+def queue_votes(
+    store: Store,
+    queue: str,
+    upto: int | None = None,  # number of a change: the answers as they were then; None: now
+) -> pd.DataFrame:  # task, worker, label, is_left (missing for a tie); in the order of writing
+    """The answers of a queue, skips left out; raises `MissingError` when there are none."""
+    found = store.frame(Annotation, queue=queue) if upto is None else store.sql(_AS_OF, {"queue": queue, "upto": upto})
     found = found[found["label"] != "skip"]
     if found.empty:
         raise MissingError(f"queue {queue!r} has no answers yet; annotate it first, or check its name")
@@ -291,11 +301,12 @@ def build_consensus(
     queue: str,
     method: str = "symmetric",  # as for `aggregate_votes`
     truth_queue: str | None = None,  # where the true answers are, one a comparison
+    upto: int | None = None,  # number of a change: the answers as they were then
 ) -> dict[str, Any]:  # accuracy against the truth, or α when none is known, first
     """Append the consensus of a queue and the scores of its annotators; raises `MissingError` when nobody answered."""
-    votes = _queue_votes(store, queue)
+    votes = queue_votes(store, queue, upto)
     found = aggregate_votes(votes, method)
-    truth = _queue_votes(store, truth_queue).set_index("task")["label"] if truth_queue else None
+    truth = queue_votes(store, truth_queue).set_index("task")["label"] if truth_queue else None
     agreed = alpha_interval(votes, seed=seed)
     alpha = {"alpha": agreed.alpha, "alpha_low": agreed.low, "alpha_high": agreed.high}
     figures: dict[str, Any] = {name: None if np.isnan(value) else round(value, 4) for name, value in alpha.items()}

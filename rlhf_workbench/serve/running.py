@@ -10,7 +10,6 @@ __all__ = ['Parts', 'add_parts', 'listen', 'Server']
 # %% ../../nbs/serve/47_running.ipynb #7ac5256f
 import asyncio
 import contextlib
-import gc
 import signal
 import socket
 import threading
@@ -22,6 +21,8 @@ from typing import Any
 from ..core.errors import StateError
 from ..core.settings import needs_extra
 from ..govern.dispatch import Dispatcher
+from ..govern.rule_files import Rules
+from ..govern.watching import RuleWatch
 from .callers import Service
 from .events import Feed
 from .metrics import Meter, Metered
@@ -40,6 +41,8 @@ class Parts:
     feeds: dict[str, Feed] = field(default_factory=dict)  # by project, as the others
     workers: dict[str, Worker] = field(default_factory=dict)
     dispatchers: dict[str, Dispatcher] = field(default_factory=dict)
+    rules: Rules | None = None  # for every project; None: nothing is judged
+    watches: dict[str, RuleWatch] = field(default_factory=dict)
 
     async def start(self) -> None:
         """Begin with what waits."""
@@ -50,6 +53,9 @@ class Parts:
             self.workers[name].start()
             self.dispatchers[name] = Dispatcher(store.as_actor("service"))
             self.dispatchers[name].start()
+            if self.rules:
+                self.watches[name] = RuleWatch(store.as_actor("service"), self.rules)
+                await asyncio.to_thread(self.watches[name].start)
 
     async def hang_up(self) -> None:
         """End the open lines; harmless a second time."""
@@ -59,6 +65,8 @@ class Parts:
     async def stop(self) -> None:
         """End everything."""
         await self.hang_up()
+        for watch in self.watches.values():
+            await asyncio.to_thread(watch.stop)
         for worker in self.workers.values():
             await asyncio.to_thread(worker.stop)
         for dispatcher in self.dispatchers.values():
@@ -118,15 +126,12 @@ class Server(uvicorn.Server):
         """Begin, and say so."""
         await super().startup(sockets)
         if self.started:
-            gc.collect()
-            gc.freeze()  # the libraries stay: looking at them again would stop every answer for a quarter of a second
             self._when_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Hang up the open lines, then end the rest."""
         await self._parts.hang_up()
         await super().shutdown(sockets)
-        gc.unfreeze()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

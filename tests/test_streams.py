@@ -1,0 +1,432 @@
+"""Streams: what a detector remembers is small and JSON, portions do not matter, and false alarms keep their budget."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("frouros")
+
+from rlhf_workbench.cli import main
+from rlhf_workbench.commands.drift import drift
+from rlhf_workbench.core.errors import InputError
+from rlhf_workbench.core.schema import DriftEvent, Observation, StreamState
+from rlhf_workbench.monitor.accuracy import Score, prequential_errors, score_alarms, simulate_stream
+from rlhf_workbench.monitor.backtest import backtest_stream, scan_values
+from rlhf_workbench.monitor.budget import calibrate_threshold, false_alarm_rate, threshold_for
+from rlhf_workbench.monitor.confirmation import ChangeWatch, Notice, find_changes, second_opinions
+from rlhf_workbench.monitor.detectors import SETTINGS, StreamDetector
+from rlhf_workbench.monitor.likelihood import Stretch, split_evidence
+from rlhf_workbench.monitor.observations import watch_observations
+from rlhf_workbench.monitor.states import freeze, thaw
+from rlhf_workbench.store.tables import connect
+
+DATA = Path(__file__).parent.parent.parent / "shared/data/drift"
+SLOW = {"BOCD", "KSWIN"}
+
+
+def _json(state: dict) -> dict:
+    return json.loads(json.dumps(state, allow_nan=False))
+
+
+def _errors(seed: int, *parts: tuple[float, int]) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.random(n) < rate for rate, n in parts]).astype(float)
+
+
+# One interface
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1), rates=st.tuples(st.floats(0, 0.4), st.floats(0.3, 1)))
+def test_cut_anywhere_saved_and_restored_gives_the_same_alarms(
+    name: str, seed: int, share: float, rates: tuple[float, float]
+) -> None:
+    n = 130 if name in SLOW else 400
+    stream = _errors(seed, (rates[0], n), (rates[1], n // 2))
+    cut = int(share * len(stream))
+    whole, part, again = StreamDetector(name), StreamDetector(name), StreamDetector(name)
+    expected = [whole.update(v) for v in stream]
+    found = [part.update(v) for v in stream[:cut]]
+    again.restore(_json(part.state()))
+    assert found + [again.update(v) for v in stream[cut:]] == expected
+    assert again.state() == whole.state()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_state_does_not_grow_with_the_stream(name: str) -> None:
+    lengths = (250, 500) if name in SLOW else (8000, 16000) if name == "RDDM" else (1000, 4000)
+    stream, detector, sizes = _errors(0, (0.1, lengths[1])), StreamDetector(name), []
+    for i, value in enumerate(stream, 1):
+        detector.update(value)
+        if i in lengths:
+            sizes.append(len(json.dumps(detector.state())))
+    assert sizes[1] < 1.5 * sizes[0] + 200
+
+
+def test_a_detector_that_draws_leaves_the_draws_of_others_alone() -> None:
+    np.random.seed(1)  # noqa: NPY002
+    expected = np.random.random(3).tolist()  # noqa: NPY002
+    np.random.seed(1)  # noqa: NPY002
+    detector = StreamDetector("KSWIN")
+    for value in _errors(0, (0.5, 110)):
+        detector.update(value)
+    assert np.random.random(3).tolist() == expected  # noqa: NPY002
+
+
+def test_a_state_of_another_detector_is_refused() -> None:
+    with pytest.raises(InputError, match="this is a state of 'DDM', not of 'CUSUM'"):
+        StreamDetector("CUSUM").restore(StreamDetector("DDM").state())
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+        max_leaves=12,
+    )
+)
+def test_thaw_gives_back_what_was_frozen(value: object) -> None:
+    assert thaw(_json({"v": freeze(value)})["v"]) == value
+
+
+@pytest.mark.parametrize(
+    "kept", [{"part": "Popen", "fields": {}}, {"array": [1], "shape": [3], "dtype": "f8"}, {"x": 1}]
+)
+def test_what_is_no_state_is_refused(kept: dict) -> None:
+    with pytest.raises(InputError, match="no state of a detector"):
+        thaw(kept)
+
+
+# Evidence and budget
+
+
+def test_evidence_is_the_likelihood_ratio_computed_by_hand() -> None:
+    x = _errors(1, (0.2, 60), (0.6, 40))
+    rates = x[:60].mean(), x[60:].mean(), x.mean()
+
+    def fit(part: np.ndarray, rate: float) -> float:
+        return float((part * np.log(rate) + (1 - part) * np.log(1 - rate)).sum())
+
+    expected = fit(x[:60], rates[0]) + fit(x[60:], rates[1]) - fit(x, rates[2])
+    sums = [(len(part), part.sum(), part.sum()) for part in (x[:60], x[60:])]
+    assert split_evidence("errors", *sums) == pytest.approx(expected)
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(1, 600), min_size=1, max_size=4))
+def test_portions_do_not_change_the_evidence(seed: int, sizes: list[int]) -> None:
+    values = np.round(np.random.default_rng(seed).normal(size=sum(sizes)) * 1024) / 1024
+    for kind, stream in (("scores", values), ("errors", (values > 1).astype(float))):
+        whole, parts, at = Stretch(kind).evidence(stream), Stretch(kind), 0
+        for size in sizes:
+            part = stream[at : at + size]
+            assert np.array_equal(parts.evidence(part), whole[at : at + size])
+            parts.extend(part)
+            at += size
+
+
+def test_a_smaller_budget_demands_more_evidence() -> None:
+    thresholds = [threshold_for(b) for b in (1e-2, 1e-3, 1e-4, 1e-6)]
+    assert thresholds == sorted(thresholds)
+    assert [false_alarm_rate(t) for t in thresholds] == pytest.approx([1e-2, 1e-3, 1e-4, 1e-6])
+
+
+def test_errors_in_bursts_need_a_reference_and_then_keep_the_budget() -> None:
+    rng = np.random.default_rng(0)
+    bursts = np.repeat((rng.random(1500) < 0.1).astype(float), 4)
+    free, _ = find_changes(bursts)
+    calibrated, _ = find_changes(bursts, ChangeWatch(reference=bursts[:1500]))
+    assert len(free) > 3 * max(1, len(calibrated))
+    assert calibrate_threshold(bursts[:1500], "errors", 1e-4) > threshold_for(1e-4) + 3
+
+
+@pytest.mark.parametrize("rate", [0.03, 0.3])
+def test_no_more_false_alarms_than_the_budget_says(rate: float) -> None:
+    """Ten streams of 10,000 at ten times the usual budget: at most 100 alarms are allowed, about 20 are expected."""
+    found = [
+        find_changes(simulate_stream("none", seed, levels=(rate,) * 4).errors, ChangeWatch(budget=1e-3, k=1))[0]
+        for seed in range(10)
+    ]
+    assert 1 <= sum(map(len, found)) <= 50
+
+
+# The watch
+
+
+def _notices(watch: ChangeWatch, stream: np.ndarray, cuts: list[int]) -> list[Notice]:
+    found = []
+    for part in np.split(stream, cuts):
+        found += watch.take(part) if len(part) else []
+        state = _json(watch.state())
+        fresh = ChangeWatch(watch.kind, reference=np.arange(60.0) if watch.kind == "scores" else None)
+        fresh.restore(state)
+        watch = fresh
+    return found
+
+
+@settings(max_examples=4, deadline=None)
+@given(st.integers(0, 10_000), st.lists(st.integers(0, 1800), max_size=3).map(sorted))
+def test_a_watch_cut_anywhere_says_the_same(seed: int, cuts: list[int]) -> None:
+    errors = _errors(seed, (0.1, 700), (0.4, 500), (0.1, 600))
+    assert _notices(ChangeWatch(), errors, cuts) == ChangeWatch().take(errors)
+    rng = np.random.default_rng(seed)
+    scores = np.concatenate([rng.normal(0, 1, 700), rng.normal(1, 2, 600)])
+    watches = [ChangeWatch("scores", reference=scores[:300]) for _ in range(2)]
+    assert _notices(watches[0], scores, cuts) == watches[1].take(scores)
+
+
+def test_one_value_at_a_time_is_the_same_as_all_at_once() -> None:
+    errors = _errors(3, (0.1, 400), (0.6, 200))
+    watch = ChangeWatch()
+    assert [n for v in errors for n in watch.take(v)] == ChangeWatch().take(errors)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fall_is_found_like_a_rise(seed: int) -> None:
+    errors = _errors(seed, (0.2, 1500), (0.5, 800))
+    rises, falls = (find_changes(stream)[0] for stream in (errors, 1 - errors))
+    assert [a.index for a in rises] == [a.index for a in falls]
+    assert {a.direction for a in rises} == {"rise"}
+    assert {a.direction for a in falls} == {"fall"}
+
+
+def test_a_gradual_change_raises_one_alarm() -> None:
+    for seed in range(5):
+        stream = simulate_stream("gradual", seed, levels=(0.1, 0.5), segment=2500, width=1000)
+        alarms, _ = find_changes(stream.errors, ChangeWatch(k=1))
+        assert len([a for a in alarms if a.index >= 2500 and a.direction == "rise"]) == 1
+
+
+def test_a_model_that_learns_again_is_a_recovery_and_no_second_alarm() -> None:
+    alarms, _ = find_changes(_errors(1, (0.1, 1500), (0.7, 150), (0.1, 1000)))
+    assert len(alarms) == 1
+    assert alarms[0].recovered is not None
+    assert alarms[0].settled is None
+
+
+def test_confirmation_asks_for_company() -> None:
+    errors = _errors(0, (0.1, 800), (0.3, 300))
+    alone, company = (find_changes(errors, ChangeWatch(k=k))[0] for k in (1, 4))
+    assert alone[0].detectors == ("likelihood",)
+    assert len(company[0].detectors) >= 4
+    assert company[0].index >= alone[0].index
+    assert second_opinions(_errors(0, (0.1, 300), (0.9, 60)), 300)
+
+
+def test_accuracy_on_streams_with_known_changes() -> None:
+    totals = {}
+    for shape in ("abrupt", "gradual"):
+        total = Score()
+        for seed in range(200, 205):
+            stream = simulate_stream(shape, seed)
+            total += score_alarms(
+                [a.index for a in find_changes(stream.errors, ChangeWatch(k=1))[0]], stream.changes, 500
+            )
+        totals[shape] = total
+    assert min(total.f1 for total in totals.values()) > 0.9
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_a_constant_stream_raises_nothing(value: float) -> None:
+    assert find_changes([value] * 3000) == ([], [])
+
+
+def test_what_cannot_be_watched_is_refused() -> None:
+    with pytest.raises(InputError, match="value 3 is 2"):
+        ChangeWatch().take([0, 1, 0, 2])
+    with pytest.raises(InputError, match="scores need a reference"):
+        ChangeWatch("scores")
+    with pytest.raises(InputError, match="k from 1 to 6"):
+        ChangeWatch(k=7)
+    with pytest.raises(InputError, match="not enough data: 59 values"):
+        find_changes([0.0] * 59)
+    watch = ChangeWatch()
+    with pytest.raises(InputError):
+        watch.take([0, np.nan])
+    assert watch.seen == 0
+
+
+# Backtest, files and the command
+
+
+def test_backtest_says_how_often_each_setting_would_have_fired() -> None:
+    stream = simulate_stream("abrupt", 3).errors
+    table = backtest_stream(stream, [{}, {"budget": 1e-6}, {"detector": "HDDM-A"}], quiet=2500)
+    assert table["fired"].tolist() == [len(places) for places in table["fired_at"]]
+    assert table["expected_false"].tolist()[:2] == pytest.approx([0.2, 0.002])
+    assert np.isnan(table["expected_false"].tolist()[2])
+    single = StreamDetector("HDDM-A")
+    assert table["fired_at"][2] == [i for i, v in enumerate(stream) if single.update(v)]
+
+
+def _said(*words: str) -> dict:
+    result = CliRunner().invoke(drift, [*words, "--json"], catch_exceptions=False)
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl", "npz"])
+def test_the_command_reads_every_format(suffix: str, tmp_path: Path) -> None:
+    errors = _errors(0, (0.1, 600), (0.5, 200))
+    path, table = tmp_path / f"x.{suffix}", pd.DataFrame({"wrong": errors.astype(int)})
+    if suffix == "csv":
+        table.to_csv(path, index=False)
+    elif suffix == "parquet":
+        table.to_parquet(path)
+    elif suffix == "jsonl":
+        table.to_json(path, orient="records", lines=True)
+    else:
+        np.savez(path, wrong=errors > 0)
+    facts = _said(str(path), "--error", "wrong")
+    (alarm,) = facts["alarms"]
+    assert 600 <= alarm["index"] < 640
+    assert abs(alarm["start"] - 600) < 20
+    assert (alarm["direction"], alarm["improvement"], facts["kind"]) == ("rise", False, "errors")
+    assert {"severity", "p", "detectors", "settled", "recovered"} < set(alarm)
+
+
+def test_rows_are_those_of_the_file_when_missing_ones_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    errors = _errors(0, (0.1, 600), (0.6, 200))
+    holes = np.insert(errors, np.zeros(100, dtype=int), np.nan)
+    path = tmp_path / "x.parquet"
+    pd.DataFrame({"wrong": holes}).to_parquet(path)
+    assert main(["drift", str(path), "--error", "wrong"]) == 2
+    assert "row 0 of column wrong is nan (and 99 more" in capsys.readouterr().err
+    facts = _said(str(path), "--error", "wrong", "--skip-missing")
+    assert (facts["missing"], facts["n"]) == (100, 800)
+    assert 700 <= facts["alarms"][0]["index"] < 740
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--error", "right"], "has no column right"),
+        (["--error", "text"], "is not numeric"),
+        (["--error", "wrong", "--time", "at"], "time runs backwards at row 3"),
+        (["--error", "short", "--detector", "CUSUM", "--skip-missing"], "this does not mean no drift"),
+        (["--error", "score", "--reference-rows", "500"], "not enough data: 300 values with a reference of 500"),
+        (["--error", "score", "--detector", "CUSUM"], "needs values from 0 to 1"),
+        (["--error", "wrong", "--budget", "2"], "1e-4 is one in 10,000"),
+        (["--error", "wrong", "--detector", "CUSUMM"], "there is no detector 'CUSUMM'"),
+        ([], "nothing to look for"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path, n = tmp_path / "x.csv", 300
+    at = np.arange(n)
+    at[3] = 0
+    table = pd.DataFrame({"wrong": _errors(0, (0.2, n)).astype(int), "text": "no", "at": at})
+    table["score"], table["short"] = np.random.default_rng(0).normal(size=n), np.where(at < 20, 1.0, np.nan)
+    table.to_csv(path, index=False)
+    assert main(["drift", str(path), *words]) == 2
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+
+
+def test_scores_are_put_on_the_scale_of_the_reference(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    scores = np.concatenate([rng.lognormal(0, 1, 1500), rng.lognormal(0.6, 1, 600)])
+    path = tmp_path / "x.npz"
+    np.savez(path, seconds=scores)
+    facts = _said(str(path), "--error", "seconds", "--reference-rows", "800")
+    assert facts["kind"] == "scores"
+    assert [1500 <= a["index"] < 1700 for a in facts["alarms"]] == [True]
+    np.savez(tmp_path / "quiet.npz", seconds=scores[:1000])
+    apart = _said(str(path), "--error", "seconds", "--reference", str(tmp_path / "quiet.npz"))
+    assert [a["direction"] for a in apart["alarms"]] == ["rise"]
+
+
+def test_two_tables_are_compared(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    old = pd.DataFrame({"length": rng.normal(size=300), "topic": rng.choice(["a", "b"], 300)})
+    old.to_csv(tmp_path / "old.csv", index=False)
+    old.assign(length=old["length"] + 1).to_csv(tmp_path / "new.csv", index=False)
+    facts = _said(str(tmp_path / "new.csv"), "--reference", str(tmp_path / "old.csv"))
+    assert facts["drifted"] == ["length"]
+
+
+# The store
+
+_WATCH = """
+import sys
+from rlhf_workbench.monitor.observations import watch_observations
+from rlhf_workbench.store.tables import connect
+with connect(sys.argv[1]) as store:
+    for _ in range(5):
+        print(watch_observations(store, "reward").new)
+"""
+
+
+def test_two_processes_watch_every_value_once(tmp_path: Path) -> None:
+    path, errors = tmp_path / "w.duckdb", _errors(0, (0.1, 600), (0.5, 400))
+    with connect(path) as store:
+        store.append([Observation(stream="reward", value=v) for v in errors])
+    runs = [subprocess.Popen([sys.executable, "-c", _WATCH, str(path)], stdout=subprocess.PIPE) for _ in range(2)]
+    new = [int(line) for run in runs for line in run.communicate(timeout=120)[0].split()]
+    assert sum(new) == 1000
+    with connect(path) as store:
+        alarms = store.records(DriftEvent, is_confirmed=True)
+        assert [600 <= a.index < 640 for a in alarms] == [True]
+        assert [s.seen for s in store.records(StreamState)] == [1000]
+
+
+def test_values_one_by_one_in_the_store_give_the_events_of_all_at_once() -> None:
+    errors = _errors(1, (0.1, 90), (0.9, 30))
+    with connect(":memory:") as one, connect(":memory:") as other:
+        for value in errors:
+            one.append(Observation(stream="s", value=value))
+            watch_observations(one, "s")
+        other.append([Observation(stream="s", value=v) for v in errors])
+        watch_observations(other, "s")
+        found = [[(e.index, e.detector, e.is_confirmed) for e in s.records(DriftEvent)] for s in (one, other)]
+    assert found[0] == found[1]
+    assert any(confirmed for _, _, confirmed in found[0])
+
+
+def test_what_cannot_be_watched_is_skipped_and_counted() -> None:
+    at = pd.Timestamp("2026-01-01", tz="UTC").to_pydatetime()
+    with connect(":memory:") as store:
+        rows = [Observation(stream="s", value=v, happened_at=at) for v in (0.0, 0.5, 1.0)]
+        late = Observation(stream="s", value=1.0, happened_at=at.replace(year=2025))
+        store.append([*rows, late, Observation(stream="other", value=1.0)])
+        found = watch_observations(store, "s")
+        assert (found.seen, found.new, found.skipped, found.late) == (4, 4, 1, 1)
+
+
+def test_new_settings_begin_with_the_next_value() -> None:
+    errors = _errors(0, (0.1, 600), (0.6, 200))
+    with connect(":memory:") as store:
+        store.append([Observation(stream="s", value=v) for v in errors])
+        watch_observations(store, "s")
+        store.append([Observation(stream="s", value=v) for v in errors])
+        watch_observations(store, "s", budget=1e-5)
+        alarms = [e.index for e in store.records(DriftEvent, is_confirmed=True)]
+    assert [600 <= i < 640 or 1400 <= i < 1440 for i in alarms] == [True, True]
+
+
+# A classifier that goes on learning
+
+
+def test_a_change_of_concept_is_found_in_the_errors_of_a_classifier() -> None:
+    if not DATA.exists():
+        pytest.skip(f"needs the shared data at {DATA}")
+    table = pd.read_parquet(DATA / "circle_gradual.parquet")
+    features = table.drop(columns=["t", "y"]).to_numpy()
+    errors = prequential_errors(features, table["y"].to_numpy(), memory=None)
+    alarms, _ = find_changes(errors)
+    assert [1000 <= a.index + 200 < 1350 for a in alarms][:1] == [True]
+    assert scan_values(errors).kind == "errors"
