@@ -19,6 +19,7 @@ import click
 from .commands.access import member, token
 from .commands.attribute import attribute
 from .commands.audit import audit
+from .commands.chart import chart
 from .commands.doctor import doctor
 from .commands.plugins import plugins
 from .commands.serve import serve
@@ -309,6 +310,8 @@ app.sections["Let in"] = ["token", "member"]
 app.add_command(webhook)
 app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
+app.add_command(chart)
+app.sections.setdefault("Watch", []).append("chart")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]

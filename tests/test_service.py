@@ -147,6 +147,35 @@ def test_a_whole_visit(tmp_path: Path) -> None:
         assert store.verify().is_intact
 
 
+MIDWAY = """
+import sys
+from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store.tables import connect
+with connect(sys.argv[1], token=sys.argv[2]) as store, store.transaction():
+    store.append(Prompt(text="half"))
+    print("midway", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+def test_a_remote_client_killed_in_a_transaction_keeps_nobody_waiting(tmp_path: Path) -> None:
+    path = tmp_path / "pilot.duckdb"
+    with connect(path) as store:
+        _, token = make_token(store, "rob", "researcher")
+    with served(path) as service:
+        client = subprocess.Popen([sys.executable, "-c", MIDWAY, service.url, token], stdin=-1, stdout=-1, text=True)
+        assert client.stdout
+        assert client.stdout.readline() == "midway\n"
+        client.kill()
+        client.communicate()
+        begin = time.monotonic()
+        with connect(service.url, token=token) as store:
+            store.append(Prompt(text="whole"))
+            assert [p.text for p in store.records(Prompt)] == ["whole"]
+        assert time.monotonic() - begin < 25  # less than the silence after which any transaction is given up
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_every_acknowledged_write_is_there_after_the_end(tmp_path: Path, number: int) -> None:

@@ -26,9 +26,14 @@ PAYLOAD = st.recursive(
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=TEXT, topic=st.none() | TEXT, metadata=st.dictionaries(TEXT, PAYLOAD, max_size=3), n=st.integers(1, 20))
+@given(
+    text=TEXT,
+    topic=st.none() | TEXT,
+    metadata=st.dictionaries(TEXT, PAYLOAD, max_size=3),
+    n=st.sampled_from([1, 6, 7, 20, 300]),
+)
 def test_what_goes_in_comes_out(text: str, topic: str | None, metadata: dict[str, object], n: int) -> None:
-    """Both ways in: a few rows as values, many as Arrow."""
+    """All ways in: a few rows as values, some as lists, many as Arrow."""
     records = [Prompt(text=text, topic=topic, metadata=metadata) for _ in range(n)]
     with connect(":memory:") as store:
         store.append(records)
@@ -44,7 +49,7 @@ def test_list_columns_and_absent_values_survive() -> None:
         assert store.records(Model, snapshot_id=None) == [model]
 
 
-@pytest.mark.parametrize("n", [1, 20])
+@pytest.mark.parametrize("n", [1, 20, 300])
 def test_a_wrong_record_keeps_all_others_out(n: int) -> None:
     with connect(":memory:") as store:
         bad = Annotation(comparison_id="c", annotator_id="a", label="left")  # type: ignore[arg-type]

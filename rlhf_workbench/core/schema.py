@@ -8,8 +8,10 @@ Docs: https://OWNER.github.io/rlhf_workbench/core/schema.html.md"""
 __all__ = ['R', 'Label', 'Messages', 'Role', 'RECORDS', 'PRIVATE', 'claim_ticks', 'new_id', 'utc_now', 'Record', 'correction',
            'Prompt', 'Generation', 'Comparison', 'QueueItem', 'Lease', 'Annotation', 'Rating', 'Consensus',
            'AnnotatorScore', 'Snapshot', 'Preference', 'Run', 'RunEnd', 'Model', 'ModelCard', 'Prediction',
-           'DriftEvent', 'Proposal', 'Decision', 'Token', 'Member', 'Alert', 'Webhook', 'Delivery', 'Job', 'JobEnd',
-           'columns', 'allowed_words', 'check']
+           'DriftEvent', 'Proposal', 'Decision', 'Observation', 'StreamState', 'ControlLimits', 'ChartSignal',
+           'Calibration', 'Mistake', 'MistakePattern', 'Form', 'Firing', 'Trial', 'TrialLook', 'Stage', 'QueueState',
+           'AnnotatorState', 'Token', 'Member', 'Alert', 'Webhook', 'Delivery', 'Job', 'JobEnd', 'columns',
+           'allowed_words', 'check']
 
 # %% ../../nbs/core/02_schema.ipynb #4bce9951
 import os
@@ -308,6 +310,173 @@ class Decision(Record):
     verdict: Literal["approved", "rejected"]
     reason: str
 
+# %% ../../nbs/core/02_schema.ipynb #9b751003
+@dataclass(frozen=True, kw_only=True)
+class Observation(Record):
+    """One value of a watched stream."""
+
+    stream: str  # what is watched
+    value: float
+    happened_at: datetime | None = None
+    model_id: str | None = None
+    comparison_id: str | None = None
+    features: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamState(Record):
+    """What the detectors of a stream remember."""
+
+    stream: str
+    seen: int  # values that they have seen
+    settings: dict[str, Any] = field(default_factory=dict)
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlLimits(Record):
+    """Limits of a control chart, frozen from a period that was in control."""
+
+    chart: str  # name of the chart
+    kind: str  # individuals, xbar_r, p, ewma …
+    version: int  # from 1
+    parameters: dict[str, Any] = field(default_factory=dict)  # centre, sigma, limits …
+    n_points: int  # points that they come from
+    reason: str = ""  # why they were set, or set anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChartSignal(Record):
+    """A point of a control chart that broke a rule."""
+
+    chart: str
+    limits_id: str
+    rule: str  # such as `nelson 1`
+    index: int  # of the last of its points, from 0
+    points: list[int] = field(default_factory=list)  # indices of all points that make the rule true
+    happened_at: datetime | None = None
+    cause: str | None = None  # the assignable cause, when somebody found it
+    action: str | None = None  # what was done about it
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration(Record):
+    """How the probabilities of a model are corrected."""
+
+    model_id: str
+    method: str  # temperature, platt, beta, …
+    parameters: dict[str, Any] = field(default_factory=dict)
+    snapshot_id: str | None = None  # what it was fitted on
+    n_fitted: int  # rows
+    figures: dict[str, Any] = field(default_factory=dict)  # measured on other rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake(Record):
+    """A prediction that was wrong, or right but far too sure."""
+
+    model_id: str
+    comparison_id: str
+    p_first: float  # what the model said
+    first_is_better: float  # what people said: 1, 0, or between
+    kind: Literal["wrong", "overconfident"]
+    surprise: float  # nats
+    embedding: list[float] = field(default_factory=list)
+    context: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MistakePattern(Record):
+    """What several mistakes of a model have in common."""
+
+    model_id: str
+    name: str
+    words: list[str] = field(default_factory=list)  # that tell it from other mistakes
+    mistake_ids: list[str] = field(default_factory=list)
+    status: Literal["open", "resolved"] = "open"
+    p_value: float | None = None  # that errors are no more frequent here than elsewhere
+    centroid: list[float] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form(Record):
+    """Which named traits of answers a model, or a set of preferences, rewards."""
+
+    subject: str  # a model id, or the name of a dataset
+    kind: Literal["model", "preferences"]
+    version: str = ""
+    weights: dict[str, Any] = field(default_factory=dict)  # trait → weight
+    intervals: dict[str, Any] = field(default_factory=dict)  # trait → [low, high]
+    explained: float  # share of the deviance on other pairs, at most 1
+    n: int  # pairs
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+# %% ../../nbs/core/02_schema.ipynb #9de2f85b
+@dataclass(frozen=True, kw_only=True)
+class Firing(Record):
+    """A rule's condition was met: it acted, or was held back."""
+
+    rule: str  # its name
+    rule_hash: str  # of its text
+    fingerprint: str  # equal for equal causes
+    action: str
+    status: Literal["fired", "held_back"]
+    reason: str
+    value: float | None = None  # of the watched quantity
+    source_ids: list[str] = field(default_factory=list)  # records that it looked at
+    result: dict[str, Any] = field(default_factory=dict)  # what the action gave
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial(Record):
+    """A challenger is compared with the champion."""
+
+    champion_id: str  # a model
+    challenger_id: str  # another one
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialLook(Record):
+    """What a trial says after so many comparisons."""
+
+    trial_id: str
+    n: int
+    wins: float  # of the challenger
+    e_value: float
+    verdict: Literal["continue", "challenger", "champion", "stopped"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Record):
+    """What a model is used for from now on."""
+
+    model_id: str
+    stage: Literal["champion", "challenger", "retired"]
+    reason: str
+    previous_id: str | None = None  # the champion before
+    trial_id: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class QueueState(Record):
+    """Whether a queue gives out tasks."""
+
+    queue: str
+    status: Literal["open", "paused"]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnnotatorState(Record):
+    """Whether somebody's answers count."""
+
+    annotator_id: str
+    status: Literal["qualified", "suspended"]
+    queue: str | None = None  # None: in all
+    reason: str
+
 # %% ../../nbs/core/02_schema.ipynb #aea4fdb7
 Role = Literal["admin", "researcher", "annotator", "reviewer", "auditor", "service"]
 
@@ -400,6 +569,8 @@ RECORDS: tuple[type[Record], ...] = (
     *(Consensus, AnnotatorScore, Snapshot, Preference),
     *(Run, RunEnd, Model, ModelCard, Prediction, DriftEvent, Proposal, Decision),
     *(Token, Member, Alert, Webhook, Delivery, Job, JobEnd),
+    *(Observation, StreamState, ControlLimits, ChartSignal, Calibration, Mistake, MistakePattern, Form),
+    *(Firing, Trial, TrialLook, Stage, QueueState, AnnotatorState),
 )
 PRIVATE: tuple[type[Record], ...] = (Token, Webhook)  # hold what only an admin may see
 

@@ -66,5 +66,8 @@ def call_store(
     message: Annotated[bytes, Depends(_whole_body)],
 ) -> Response:
     """Do one call of a store's Python client; each table needs its own permission as well."""
-    status, answer = desk_of(access.store).answer(call, message, Caller(access.identity.name, access.may))
+    desk, line = desk_of(access.store), access.request.scope.get("rlhfw.when_lost")
+    if call == "begin" and line is not None:
+        line[desk] = lambda: desk.hang_up(line)
+    status, answer = desk.answer(call, message, Caller(access.identity.name, access.may, line))
     return Response(answer, status, {"Cache-Control": "no-store"}, WIRE)

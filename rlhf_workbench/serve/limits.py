@@ -15,6 +15,7 @@ import re
 import secrets
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl, quote
@@ -227,8 +228,10 @@ class _Talk:
 # %% ../../nbs/serve/21_limits.ipynb #e496e862
 def patient_protocol(
     header_s: float,  # seconds for the head of a request
+    *,
+    is_direct: bool = True,  # a connection is one client's, not a proxy's
 ) -> type[asyncio.Protocol]:  # for `uvicorn.Config(http=…)`
-    """uvicorn's protocol with a time limit for heads."""
+    """uvicorn's protocol with a time limit for heads; `when_lost` of the scope is called when the client is gone."""
     with needs_extra("serve"):
         from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -236,6 +239,7 @@ def patient_protocol(
         """Hangs up on heads that come too slowly."""
 
         _timer: asyncio.TimerHandle | None = None
+        _when_lost: dict[Any, Callable[[], None]] | None = None
 
         def _wait_for_head(self) -> None:
             self._timer = self._timer or self.loop.call_later(header_s, self.timeout_keep_alive_handler)
@@ -247,10 +251,12 @@ def patient_protocol(
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            self._when_lost = {} if is_direct else None
             self._wait_for_head()
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
+            self.scope["rlhfw.when_lost"] = self._when_lost  # type: ignore[typeddict-unknown-key]
             self._wait_for_head()
 
         def on_headers_complete(self) -> None:
@@ -259,6 +265,8 @@ def patient_protocol(
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
+            for undo in (self._when_lost or {}).values():
+                self.loop.run_in_executor(None, undo)  # may wait for a thread that is in the store
             super().connection_lost(exc)
 
     return PatientProtocol

@@ -24,17 +24,30 @@ from rlhf_workbench.core.schema import (
     PRIVATE,
     RECORDS,
     Alert,
+    AnnotatorState,
+    Calibration,
+    ChartSignal,
+    ControlLimits,
     Decision,
     Delivery,
+    Firing,
+    Form,
     Job,
     JobEnd,
     Lease,
     Member,
+    Mistake,
+    MistakePattern,
     Preference,
+    QueueState,
     Record,
     Run,
     RunEnd,
     Snapshot,
+    Stage,
+    StreamState,
+    Trial,
+    TrialLook,
     columns,
 )
 from ..core.settings import needs_extra
@@ -74,10 +87,12 @@ _READ_ONLY = frozenset(
         *(Run, RunEnd, JobEnd),  # the bookkeeping of what was executed
         *(Snapshot, Preference),  # frozen together, with their hash
         *(Decision, Alert),  # have rules: decided once, acknowledged by a person
+        *(StreamState, ControlLimits, ChartSignal, Calibration, Mistake, MistakePattern, Form),  # computed
+        *(Firing, Trial, TrialLook, Stage, QueueState, AnnotatorState),  # come from rules and gates
     }
 )
 RESOURCES = tuple(kind for kind in RECORDS if kind not in _HIDDEN)
-_IRREGULAR = {"consensus": "consensus", "delivery": "deliveries"}
+_IRREGULAR = {"consensus": "consensus", "delivery": "deliveries", "control_limits": "control_limits"}
 
 
 def plural(

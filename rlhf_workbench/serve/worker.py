@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
@@ -177,7 +178,7 @@ class Worker:
     def start(self) -> None:
         """Begin with what waits."""
         with needs_extra("jobs"):
-            import papermill  # noqa: F401  (better said now than in the first job)
+            metadata.version("papermill")  # better said now than in the first job
         self._unwatch = self.store.watch(self._notice)
         self._threads = [threading.Thread(target=self._work, name=f"job-{i}") for i in range(self.at_once)]
         for thread in self._threads:

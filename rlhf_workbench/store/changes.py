@@ -70,7 +70,7 @@ def _refuse_repeats(kind: type[Record], is_unique: bool) -> None:
         raise InputError(f"an id is given twice among the {kind.table} rows; each row needs its own")
 
 # %% ../../nbs/store/12_changes.ipynb #465f73c6
-_FEW = 8
+_MANY = 256
 
 
 def merged_rows(
@@ -86,7 +86,7 @@ def merged_rows(
         else:
             lists.append(change.rows | {"audit_seq": [seq] * change.n})
     if lists:
-        yield _few_or_arrow({name: [v for rows in lists for v in rows[name]] for name in spec}, spec)
+        yield _lists_or_arrow({name: [v for rows in lists for v in rows[name]] for name in spec}, spec)
 
 
 def column_lists(
@@ -94,9 +94,9 @@ def column_lists(
     spec: dict[str, str],  # column → DuckDB type
 ) -> Rows | pa.Table:
     """Rows as columns."""
-    return _few_or_arrow(dict(zip(spec, map(list, zip(*rows, strict=True)), strict=True)), spec)
+    return _lists_or_arrow(dict(zip(spec, map(list, zip(*rows, strict=True)), strict=True)), spec)
 
 
-def _few_or_arrow(rows: Rows, spec: dict[str, str]) -> Rows | pa.Table:
-    """Lists as they are when they are short, otherwise an Arrow table."""
-    return rows if len(next(iter(rows.values()))) <= _FEW else pa.table(rows, schema=arrow_schema(spec))
+def _lists_or_arrow(rows: Rows, spec: dict[str, str]) -> Rows | pa.Table:
+    """Lists as they are unless they are long, then an Arrow table."""
+    return rows if len(next(iter(rows.values()))) < _MANY else pa.table(rows, schema=arrow_schema(spec))

@@ -19,7 +19,7 @@ from .audit import START, current_view, link_hash, seal
 from .digest import content_hash
 
 # %% ../../nbs/store/13_migrations.ipynb #b5e6ec9a
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _OWN = (
     """CREATE TABLE audit (seq BIGINT, recorded_at TIMESTAMPTZ, actor VARCHAR, action VARCHAR,
         table_name VARCHAR, n_rows BIGINT, content VARCHAR, hash VARCHAR)""",
@@ -81,7 +81,15 @@ def _to_second(con: duckdb.DuckDBPyConnection) -> None:
         con.execute(statement)
 
 
-_STEPS: dict[int, Callable[[duckdb.DuckDBPyConnection], None]] = {1: _to_second}  # from this version to the next
+def _to_third(con: duckdb.DuckDBPyConnection) -> None:
+    """From version 2."""
+    present = con.execute("SELECT table_name FROM duckdb_tables()").fetchall()
+    for statement in _record_tables({name for (name,) in present}):
+        con.execute(statement)
+
+
+# from this version to the next
+_STEPS: dict[int, Callable[[duckdb.DuckDBPyConnection], None]] = {1: _to_second, 2: _to_third}
 
 
 def _record_upgrade(con: duckdb.DuckDBPyConnection, actor: str) -> None:
