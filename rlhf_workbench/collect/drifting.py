@@ -11,6 +11,7 @@ __all__ = ['CAUSES', 'WAYS', 'STEADY', 'TRAITS', 'Plan', 'draw_pairs', 'changed_
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -52,9 +53,9 @@ _TOPICS = {  # share before and after, mean length, share of lists, noise of the
 TRAITS = {"length": (0.5, -0.2), "list": (0.3, 0.3), "coverage": (0.6, 0.6), "hedging": (-0.3, 0.1)}  # weights
 
 
-def _answers(rng: np.random.Generator, topics: "pd.Series[str]", policy: float) -> dict[str, "np.ndarray"]:
+def _answers(rng: np.random.Generator, topics: "pd.Series[str]", policy: float) -> dict[str, Any]:
     """The traits of one answer to each question; `policy` is how far the policy moved, from 0."""
-    about = topics.map(_TOPICS)
+    about: Any = topics.map(_TOPICS)  # a series of tuples
     alike = 1 - 0.3 * policy
     return {
         "length": rng.normal(about.str[2], 1) * alike + 0.6 * policy,
@@ -78,7 +79,7 @@ def draw_pairs(
     pairs = pd.DataFrame({"pair": [f"{name}{i}" for i in range(n)], "topic": topics})
     pairs["prompt_length"] = rng.normal(3 + 0.4 * (topics == "law"), 0.4)
     lead = rng.normal(0, 0.7, n)  # what no trait measures
-    leads = {"before": lead, "after": lead}
+    leads: dict[str, Any] = {"before": lead, "after": lead}
     for side, sign in (("first", 1), ("second", -1)):
         traits = _answers(rng, topics, policy)
         pairs = pairs.assign(**{f"{side}_{trait}": values for trait, values in traits.items()})
@@ -218,7 +219,7 @@ def _text(row: dict[str, float], words: Sequence[str], place: int) -> str:
     return "\n".join(f"- {line}" for line in lines) if row["list"] else " ".join(said) + "."
 
 
-def _records(row: dict[str, "str | float"], model: Model, traits: Sequence[str]) -> list[Record]:
+def _records(row: dict[Any, Any], model: Model, traits: Sequence[str]) -> list[Record]:
     """A comparison with everything that belongs to it."""
     words = [f"{row['topic']}{i}" for i in range(max(3, round(2 * float(row["prompt_length"]))))]
     prompt = Prompt(text=f"What about {' '.join(words)}?", topic=str(row["topic"]))

@@ -102,7 +102,7 @@ def find_traits(
     pairs: pd.DataFrame,
 ) -> list[str]:  # those with numbers that vary on both sides
     """The traits of answers in a table of pairs; raises `InputError` on a missing number."""
-    names = [c.removeprefix("first_") for c in pairs if str(c).startswith("first_")]
+    names = [str(c).removeprefix("first_") for c in pairs if str(c).startswith("first_")]
     both = [n for n in names if f"second_{n}" in pairs and pd.api.types.is_numeric_dtype(pairs[f"first_{n}"])]
     for name in both:
         if not np.isfinite(pairs[[f"first_{name}", f"second_{name}"]].to_numpy(float)).all():

@@ -45,7 +45,7 @@ class Inquiry:
     clues: list[Clue] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)  # what could not be found out, and what would help
 
-    def add(self, cause: str, what: str, text: str, p_value: float, counts: bool = True) -> None:
+    def add(self, cause: str, what: str, text: str, p_value: Any, counts: bool = True) -> None:
         """Note a clue."""
         self.clues.append(Clue(cause, what, text, float(p_value), counts))
 
