@@ -21,6 +21,8 @@ from .commands.attribute import attribute
 from .commands.audit import audit
 from .commands.chart import chart
 from .commands.doctor import doctor
+from .commands.form import form
+from .commands.mistakes import mistakes
 from .commands.plugins import plugins
 from .commands.serve import serve
 from .commands.store import KEY_FILE, need_key, store_group
@@ -299,6 +301,9 @@ app.add_command(attribute)
 app.sections.setdefault("Watch", []).append("attribute")
 
 
+app.add_command(mistakes)
+app.sections.setdefault("Watch", []).append("mistakes")
+
 app.add_command(audit)
 app.sections["Trust"] = ["audit"]
 
@@ -312,6 +317,8 @@ app.add_command(alert)
 app.sections["Tell"] = ["webhook", "alert"]
 app.add_command(chart)
 app.sections.setdefault("Watch", []).append("chart")
+app.add_command(form)
+app.sections.setdefault("Watch", []).append("form")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,18 @@ def aggregator(change: Callable[[pd.DataFrame, pd.DataFrame], pd.DataFrame]) -> 
 
 def acquisition(change: Callable[[Any, int], Any]) -> type[Any]:
     return spoil("acquisition", select=lambda good, features, k, **kw: change(good.select(features, k, **kw), k))
+
+
+def measured(change: Callable[[float, str], float]) -> type[Any]:
+    return spoil("symbol", measure=lambda good, prompt, answer: change(good.measure(prompt, answer), answer))
+
+
+def idle(seconds: float) -> float:
+    """Burn a processor for a while."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+    return 0.0
 
 
 def touch(name: str, kind: str, spoiler: Callable[[Any], None]) -> type[Any]:
@@ -227,6 +240,13 @@ BROKEN: dict[str, type[Any]] = {
     ),
     "channel.returns_nothing": spoil("channel", send=lambda good, a: good.send(a) or True),
     "channel.input_untouched": touch("send", "channel", lambda alert: alert.metadata.clear()),
+    "symbol.from_zero_to_one": measured(lambda value, text: 2.0 if text.startswith("?!") else value),
+    "symbol.examples_come_out_right": measured(lambda value, text: 0.0 if "more questions" in text else value),
+    "symbol.has_a_name": type("Named", (STARTERS["symbol"],), {"name": "Offers More"}),
+    "symbol.nothing_said": measured(lambda value, text: value if text.strip() else 0.2),
+    "symbol.blank_around": measured(lambda value, text: value if text == text.strip() else value * 0.9),
+    "symbol.same_again": measured(lambda value, text: value * (1 - 1e-9 * (next(_count) % 1000))),
+    "symbol.long_texts_are_quick": measured(lambda value, text: value if len(text) < 1e5 else idle(2.1)),
 }
 # What a broken plugin breaks besides, because the one follows from the other.
 ALSO = {
@@ -241,6 +261,7 @@ ALSO = {
     "calibrator.keeps_as_json": {"same_again"},
     "detector.replay_is_identical": {"state_survives", "notices_a_shift"},
     "calibrator.input_untouched": {"bad_input"},
+    "symbol.same_again": {"blank_around"},
 }
 
 

@@ -46,7 +46,7 @@ def _own_stdout() -> Iterator[None]:
 @shared
 @click.pass_context
 def plugins(context: click.Context, store: Path, as_json: bool) -> None:
-    """List the installed methods: generators, aggregators, detectors and six more kinds.
+    """List the installed methods: generators, aggregators, detectors and seven more kinds.
 
     Example: rlhfw plugins
     """

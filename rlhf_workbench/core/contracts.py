@@ -68,7 +68,7 @@ def plugin_checks(
     kind: str | None = None,  # a key of `PROTOCOLS`; None: as its methods say
 ) -> Iterator[tuple[str, Callable[[], None]]]:  # name of a check, the check; made for pytest.mark.parametrize
     """The checks that a plugin has to pass; raises `InputError` when it is none."""
-    from rlhf_workbench.core import label_contracts, number_contracts  # noqa: F401  (they register the checks)
+    from rlhf_workbench.core import label_contracts, number_contracts, symbol_contracts  # noqa: F401  (they register the checks)
 
     make = _maker(part)
     first = make()

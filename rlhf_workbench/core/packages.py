@@ -46,7 +46,14 @@ _HOMES = {
     "rlhf_workbench.core.schema": ("Alert", "Messages"),
 }
 _IMPORTED = {name for names in _HOMES.values() for name in names}
-_WHOLE = {"json": "json", "random": "random", "sys": "sys", "np": "numpy as np", "npt": "numpy.typing as npt"}
+_WHOLE = {
+    "json": "json",
+    "random": "random",
+    "re": "re",
+    "sys": "sys",
+    "np": "numpy as np",
+    "npt": "numpy.typing as npt",
+}
 _WHOLE |= {"pd": "pandas as pd"}
 
 
@@ -87,6 +94,7 @@ _KINDS = {
     "curriculum": "the order of training",
     "detector": "an alarm on a stream",
     "channel": "where alerts go",
+    "symbol": "a trait of answers",
 }
 
 # %% ../../nbs/core/11_packages.ipynb #5642a47d

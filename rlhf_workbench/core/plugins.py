@@ -6,8 +6,8 @@ Docs: https://OWNER.github.io/rlhf_workbench/core/plugins.html.md"""
 
 # %% auto #0
 __all__ = ['Kind', 'PROTOCOLS', 'GROUP', 'Generator', 'AnnotationSource', 'Aggregator', 'Calibrator', 'Exporter', 'Acquisition',
-           'Curriculum', 'Detector', 'AlertChannel', 'methods', 'kind_of_plugin', 'PluginError', 'Plugin', 'blame',
-           'find_plugins', 'only_one', 'find_plugin', 'Guarded', 'make_part', 'load_plugin', 'plugin_table']
+           'Curriculum', 'Detector', 'AlertChannel', 'Symbol', 'methods', 'kind_of_plugin', 'PluginError', 'Plugin',
+           'blame', 'find_plugins', 'only_one', 'find_plugin', 'Guarded', 'make_part', 'load_plugin', 'plugin_table']
 
 # %% ../../nbs/core/06_plugins.ipynb #d12bc2a4
 import re
@@ -148,15 +148,41 @@ class AlertChannel(Protocol):
         """Pass an alert on; returns when it has been handed over, raises when it could not be."""
 
 # %% ../../nbs/core/06_plugins.ipynb #e66f3717
+@runtime_checkable
+class Symbol(Protocol):
+    """Tells from the text how much of one trait an answer shows."""
+
+    name: str  # lower-case words
+    description: str  # what is counted, in one line
+    shows: Sequence[tuple[str, str]]  # at least 3 (question, answer) that are measured above one half
+    lacks: Sequence[tuple[str, str]]  # at least 3 that are measured below one half
+
+    def measure(
+        self,
+        prompt: str,  # the question, the last user turn
+        answer: str,
+    ) -> float:  # 0 … 1; 0 of an answer without a word
+        """How much of the trait an answer shows."""
+
+# %% ../../nbs/core/06_plugins.ipynb #ff784928
 Kind = Literal[
-    "generator", "source", "aggregator", "calibrator", "exporter", "acquisition", "curriculum", "detector", "channel"
+    "generator",
+    "source",
+    "aggregator",
+    "calibrator",
+    "exporter",
+    "acquisition",
+    "curriculum",
+    "detector",
+    "channel",
+    "symbol",
 ]
 PROTOCOLS: dict[str, Any] = dict(
     zip(
         get_args(Kind),
         (
             *(Generator, AnnotationSource, Aggregator, Calibrator, Exporter),
-            *(Acquisition, Curriculum, Detector, AlertChannel),
+            *(Acquisition, Curriculum, Detector, AlertChannel, Symbol),
         ),
         strict=True,
     )

@@ -6,11 +6,12 @@ Docs: https://OWNER.github.io/rlhf_workbench/core/starters.html.md"""
 
 # %% auto #0
 __all__ = ['STARTERS', 'PoliteEcho', 'ShorterIsBetter', 'SmoothedMajority', 'Shrink', 'BetterAndWorse', 'FarthestFirst',
-           'ThreeBands', 'RecentMean', 'JsonLines']
+           'ThreeBands', 'RecentMean', 'JsonLines', 'OffersMore']
 
 # %% ../../nbs/core/10_starters.ipynb #fdf3cb48
 import json
 import random
+import re
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -191,6 +192,28 @@ class JsonLines:
         line = {"at": str(alert.recorded_at), "severity": alert.severity, "title": alert.title, "text": alert.text}
         print(json.dumps(line), file=sys.stderr, flush=True)
 
+# %% ../../nbs/core/10_starters.ipynb #5e79578b
+class OffersMore:
+    """Ends by offering more help."""
+
+    name = "offers-more"
+    description = "the last sentence offers more help"
+    shows = (
+        ("Why is the sky blue?", "Air scatters blue light. Let me know if you have more questions!"),
+        ("Name a fruit.", "Fig. Shall I name another?"),
+        ("Is it far?", "Two miles. I can show you the way."),
+    )
+    lacks = (
+        ("Why is the sky blue?", "Air scatters blue light."),
+        ("Name a fruit.", "Let me know what you like. A fig."),
+        ("Is it far?", "Two miles."),
+    )
+
+    def measure(self, prompt: str, answer: str) -> float:
+        """1 when the last sentence offers more, else 0."""
+        last = re.split(r"[.!?]\s", answer.strip().lower())[-1]
+        return float(re.search(r"\b(let me know|shall i|would you like|i can|i could|happy to)\b", last) is not None)
+
 # %% ../../nbs/core/10_starters.ipynb #1d2f7d53
 STARTERS: dict[str, type[Any]] = {  # kind → class
     "generator": PoliteEcho,
@@ -202,4 +225,5 @@ STARTERS: dict[str, type[Any]] = {  # kind → class
     "curriculum": ThreeBands,
     "detector": RecentMean,
     "channel": JsonLines,
+    "symbol": OffersMore,
 }

@@ -7,7 +7,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/serve/report.html.md"""
 # %% auto #0
 __all__ = ['ACCENT', 'QUIET', 'WARN', 'Finding', 'Sketch', 'show_prompts', 'show_generations', 'show_annotations', 'show_import',
            'show_consensus', 'show_snapshot', 'show_reward', 'show_policy', 'show_calibration', 'show_drift',
-           'show_models', 'show_trigger', 'show_audit', 'show_steps']
+           'show_feature_watch', 'show_models', 'show_trigger', 'show_audit', 'show_steps']
 
 # %% ../../nbs/serve/01_report.ipynb #d3ff7fc7
 import base64
@@ -23,6 +23,7 @@ from ..core.schema import Annotation, Generation, Prompt
 from ..core.settings import needs_extra
 from ..monitor.calibration import plot_reliability
 from ..monitor.drift import plot_drift
+from ..monitor.feature_watch import plot_feature_watch
 from ..store.registry import RunResult, lineage, run_table
 from ..store.tables import Store
 
@@ -208,6 +209,21 @@ def show_drift(run: RunResult) -> Finding:
     after = alarm if run["first_alarm"] is not None else "no alarm was confirmed after it"
     others = f"; {run['unconfirmed']} signals stayed unconfirmed" if run["unconfirmed"] else ""
     return Finding(f"{run['votes']} votes, {before}; {after}{others}.", _png(plot_drift(run.figures)))
+
+# %% ../../nbs/serve/01_report.ipynb #27964571
+def show_feature_watch(run: RunResult) -> Finding:
+    """What changed in which space, and how much the rule can be trusted."""
+    rule, names = run["rule"], ", ".join(run["confirmed_spaces"])
+    what = f"{run['confirmed']} confirmed alarms in {run['windows']} windows of {rule['window']} comparisons"
+    how = f"{rule['k']} of {rule['n']} windows at level {rule['level']:.2g}"
+    own = f"the reference's own {rule['windows_tried']} windows raise {rule['alarms']}"
+    bound = f"the true rate of false alarms is below {rule['highest_rate']:.2g} a window (95 %)"
+    few = f"; not enough data in {', '.join(run['not_enough'])}" if run["not_enough"] else ""
+    shown = ["space", "test", "p", "q", "e", "effect", "severity", "is_drifted"]
+    table = pd.DataFrame(run["spaces"]).reindex(columns=shown).sort_values("effect", ascending=False)
+    html = table.to_html(index=False, escape=True, border=0, float_format="{:.3g}".format)
+    said = f"{what}{': ' + names if names else ''} ({how}; {own}, so {bound}){few}."
+    return Finding(said, _png(plot_feature_watch(run.figures)), html)
 
 # %% ../../nbs/serve/01_report.ipynb #bc5c5558
 def show_models(store: Store, model_ids: Sequence[str]) -> Finding:

@@ -1,0 +1,121 @@
+"""Sliding windows against a reference: a restart changes nothing, the budget is kept, a shift is found soon."""
+
+import json
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("frouros")
+
+from rlhf_workbench.core.errors import InputError
+from rlhf_workbench.core.schema import StreamState
+from rlhf_workbench.monitor.feature_streams import FeatureStream, open_stream
+from rlhf_workbench.store.tables import connect
+
+
+def _opened(test: str, seed: int, **how: Any) -> tuple[FeatureStream, Any]:
+    rng = np.random.default_rng(seed)
+    shape = () if test == "KS" else (3,)
+    reference = np.round(rng.normal(size=(200, *shape)), 1)  # with ties
+    return open_stream(reference, **{"window": 15, "budget": 0.01, "simulated": 400, "seed": seed} | how), (rng, shape)
+
+
+@pytest.mark.parametrize("test", ["KS", "MMD"])
+@given(seed=st.integers(0, 10**6), share=st.floats(0, 1), shift=st.floats(0, 3))
+@settings(max_examples=25, deadline=None)
+def test_a_restart_anywhere_changes_nothing(test: str, seed: int, share: float, shift: float) -> None:
+    whole, (rng, shape) = _opened(test, seed)
+    part, _ = _opened(test, seed)
+    values = np.round(rng.normal(size=(90, *shape)), 1) + np.where(np.arange(90) < 45, 0, shift).reshape(
+        -1, *[1] * len(shape)
+    )
+    cut = int(share * len(values))
+    expected = [whole.update(v) for v in values]
+    found = [part.update(v) for v in values[:cut]]
+    part = FeatureStream.from_state(json.loads(json.dumps(part.state())))
+    found += [part.update(v) for v in values[cut:]]
+    assert found == expected  # to the last bit
+    assert part.state() == whole.state()
+
+
+def test_the_state_goes_through_the_store() -> None:
+    stream, (rng, _) = _opened("MMD", 0)
+    for row in rng.normal(size=(20, 3)):
+        stream.update(row)
+    with connect(":memory:") as store:
+        store.append(StreamState(stream="prompts", seen=stream.seen, state=stream.state()))
+        again = FeatureStream.from_state(store.records(StreamState, stream="prompts")[0].state)
+    row = rng.normal(size=3)
+    assert again.update(row) == stream.update(row)
+
+
+@pytest.mark.parametrize("test", ["KS", "MMD"])
+def test_distances_are_those_of_frouros(test: str) -> None:
+    from frouros.detectors.data_drift import IncrementalKSTest, MMDStreaming
+    from frouros.utils.kernels import rbf_kernel
+
+    stream, (rng, shape) = _opened(test, 1)
+    stream.threshold = 9.0
+    kernel = partial(rbf_kernel, sigma=stream.width)
+    peer = IncrementalKSTest(window_size=15) if test == "KS" else MMDStreaming(window_size=15, kernel=kernel)
+    peer.fit(X=stream.reference)
+    for value in np.round(rng.normal(0.5, 1, size=(60, *shape)), 1):
+        reading, (result, _) = stream.update(value), peer.update(value=value)
+        assert (reading is None) == (result is None)
+        if reading:
+            assert reading.distance == pytest.approx(result.statistic if test == "KS" else result.distance, abs=1e-9)
+
+
+@pytest.mark.parametrize(("test", "runs"), [("KS", 12), ("MMD", 6)])
+def test_alarms_are_as_rare_as_the_budget_says_and_a_shift_is_found(test: str, runs: int) -> None:
+    """Budget 1 % over `runs` streams of 300 quiet values; then the mean moves by 1.5 deviations."""
+    alarms, late = 0, []
+    for seed in range(runs):
+        stream, (rng, shape) = _opened(test, seed, simulated=2000, window=20)
+        alarms += sum(bool(r and r.is_alarm) for r in (stream.update(v) for v in rng.normal(size=(300, *shape))))
+        after = [stream.update(v) for v in rng.normal(1.5, 1, size=(60, *shape))]
+        late.append(next((i for i, r in enumerate(after) if r and r.is_alarm), 99))
+    assert alarms <= 1.8 * 0.01 * runs * 300
+    assert np.median(late) <= 25
+
+
+def test_memory_does_not_grow() -> None:
+    stream, (rng, _) = _opened("MMD", 3)
+    sizes = []
+    for i, row in enumerate(rng.normal(size=(400, 3))):
+        stream.update(row)
+        sizes += [sum(map(len, (stream.recent, stream.to_reference, *stream.within)))] if i % 100 == 99 else []
+    assert max(sizes) <= 15 + 15 + 15 * 14 / 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), [1.0, 2.0], None])
+def test_a_value_of_another_kind_is_refused(value: Any) -> None:
+    stream, _ = _opened("KS", 0)
+    with pytest.raises(InputError, match="must be finite and of shape"):
+        stream.update(value)
+    assert stream.seen == 0
+
+
+@pytest.mark.parametrize(
+    ("reference", "how", "message"),
+    [
+        (range(59), {"window": 15}, "the reference has 59 values, a window of 15 needs 60"),
+        ([float("nan")] * 99, {"window": 15}, "has 0 values"),
+        (range(99), {"window": 4}, "a window needs 5 values"),
+        (range(99), {"window": 15, "budget": 1e-5}, r"budget 0\.0001 to 1"),
+        ([[1.0, 2.0]] * 98 + [[1.0]], {"window": 15}, "one length"),
+    ],
+)
+def test_a_reference_that_does_not_do_is_refused(reference: Any, how: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        open_stream(list(reference), **how)
+
+
+def test_a_constant_reference_makes_no_noise() -> None:
+    stream = open_stream(np.ones(100), window=10, budget=0.01, simulated=300)
+    assert not any(r and r.is_alarm for r in (stream.update(1.0) for _ in range(100)))
+    assert any(r and r.is_alarm for r in (stream.update(2.0) for _ in range(20)))
