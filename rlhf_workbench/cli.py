@@ -19,6 +19,7 @@ import click
 from .commands.access import member, token
 from .commands.attribute import attribute
 from .commands.audit import audit
+from .commands.calibrate import calibrate
 from .commands.chart import chart
 from .commands.doctor import doctor
 from .commands.form import form
@@ -322,6 +323,8 @@ app.sections.setdefault("Watch", []).append("form")
 app.add_command(doctor)
 app.add_command(plugins)
 app.sections["Machine"] = ["doctor", "plugins"]
+app.add_command(calibrate)
+app.sections.setdefault("Watch", []).append("calibrate")
 
 # %% ../nbs/cli.ipynb #413ed5c4
 def main(

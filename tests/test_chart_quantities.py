@@ -137,6 +137,19 @@ def test_signals_are_written_once(store: Store) -> None:
     assert {one.limits_id for one in found} == {limits.id}
 
 
+def test_four_who_look_at_once_write_one_signal(tmp_path: Path) -> None:
+    with connect(tmp_path / "s.duckdb") as store:
+        limits = freeze_limits(store, "errors", p_chart(GOOD, 50), reason="ten weeks")
+        chart = p_chart([5, 20, 4, 5], 50, limits=limits.parameters)
+        look = lambda: chart_signals(store, chart, limits, moments=moments(4), rules="limits")  # noqa: E731
+        threads = [threading.Thread(target=look) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(store.records(ChartSignal)) == 1
+
+
 def test_signals_without_moments_are_known_by_their_place(store: Store) -> None:
     limits = freeze_limits(store, "errors", p_chart(GOOD, 50), reason="ten weeks")
     chart = p_chart([5, 20], 50, limits=limits.parameters)

@@ -149,6 +149,16 @@ def test_more_points_never_change_earlier_hits(x: list[int], more: list[int]) ->
         assert stretches == first_of_each(before)
 
 
+def test_a_stretch_is_one_alarm() -> None:
+    """Two runs of eleven, parted by a point on the other side: two alarms, six hits."""
+    chart = chart_of([0.3, 0.6] * 5 + [0.3, -0.5] + [0.4, 0.2] * 5 + [0.4])
+    hits = find_hits(chart, ["nelson-2"])
+    assert [hit.index for hit in hits] == [8, 9, 10, 20, 21, 22]
+    assert [hit.index for hit in first_of_each(hits)] == [8, 20]
+    lone = chart_of([3.5, 0.1, 3.5, 3.6, 0.1])
+    assert [hit.index for hit in first_of_each(find_hits(lone, ["nelson-1"]))] == [0, 2]
+
+
 def test_other_panels_are_judged_by_their_limits_alone() -> None:
     chart = individuals_chart([0, 0.1] * 20 + [5], STANDARD)
     assert {hit.rule for hit in find_hits(chart) if hit.panel == "moving range"} == {"nelson-1"}

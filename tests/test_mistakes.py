@@ -362,15 +362,18 @@ def test_words_that_distinguish() -> None:
 
 
 def test_texts_of_strangers_are_escaped(store: Store) -> None:
-    models, _ = add_pairs(store, 300, 0, {"judge": (0.7, 0.1)})
-    (pattern,) = remember_patterns(store, models["judge"].id).patterns
-    pair = store.get(Comparison, pattern.metadata["example_ids"][0])
     evil = "<script>alert(1)</script>"
-    store.append(correction(store.get(Prompt, pair.prompt_id), text=evil))
-    named = correction(pattern, name=evil)
-    page = pattern_page(store, named)
+    asked, key = Prompt(text=evil), "m"
+    answers = [Generation(prompt_id=asked.id, text=f"{evil} {i}") for i in range(2)]
+    pair = Comparison(prompt_id=asked.id, first_id=answers[0].id, second_id=answers[1].id)
+    numbers = {"p_first": 0.1, "first_is_better": 1.0, "surprise": 2.3}
+    wrong = Mistake(model_id=key, comparison_id=pair.id, kind="wrong", **numbers)  # type: ignore[arg-type]
+    rates = {"rate_inside": 0.5, "n_inside": 10, "rate_outside": 0.1}
+    pattern = MistakePattern(model_id=key, name=evil, metadata=rates | {"example_ids": [pair.id]})
+    store.append([asked, *answers, pair, wrong, pattern])
+    page = pattern_page(store, pattern)
     assert "<script" not in page
-    assert "&lt;script&gt;" in page
+    assert page.count("&lt;script&gt;") == 4  # name, question, both answers
 
 
 def test_no_model_no_predictions_nothing_judged(store: Store) -> None:

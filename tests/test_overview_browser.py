@@ -33,8 +33,9 @@ from rlhf_workbench.core.schema import (
     Proposal,
     utc_now,
 )
-from rlhf_workbench.monitor import calibration
+from rlhf_workbench.monitor import model_calibration
 from rlhf_workbench.monitor.drift import watch_drift
+from rlhf_workbench.monitor.report import WrittenReport
 from rlhf_workbench.store.registry import run_once
 from rlhf_workbench.store.tables import Store, connect
 
@@ -108,10 +109,12 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with votes, a calibrated model, an alarm and a proposal, made by the steps themselves."""
     path = tmp_path_factory.mktemp("store") / "demo.duckdb"
     with connect(path) as store, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "write_report", lambda *_, **__: None)  # Evidently takes ten seconds
+        patch.setattr(
+            model_calibration, "write_report", lambda *_, **__: WrittenReport({}, {}, {})
+        )  # Evidently takes ten seconds
         vote(store)
         run_once(store, name_the_attacker, seed=0)
-        run_once(store, calibration.calibrate_model, seed=0, model_id=predict(store))
+        run_once(store, model_calibration.calibrate_model, seed=0, model_id=predict(store))
         run_once(store, watch_drift, seed=0, queues=["batch-1", "batch-2"])
         store.append(Proposal(action="retrain", reason=f"drift: {ATTACK}", fingerprint="f"))
     return path

@@ -426,6 +426,7 @@ BAD = [
     ("xbar_s", ([[1, 2], [3]],), "subgroup 1 has one value"),
     ("xbar_s", ([[1, 2]],), "needs at least 2"),
     ("xbar_s", ([[1, 1], [2, 2]],), "do not vary"),
+    ("xbar_s", ([[0.1] * 3, [0.7] * 3],), "do not vary"),
     ("xbar_s", ([[1, 2], [3, math.nan]],), "subgroup 1 must be finite"),
     ("p", ([3, 6], 5), "above its size"),
     ("p", ([3, -1], 5), "negative"),

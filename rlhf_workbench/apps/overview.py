@@ -263,8 +263,10 @@ def calibration_text(
         return "<p>No model has been calibrated yet. <code>calibrate_model</code> draws this plot.</p>"
     wanted = ("ece_before", "ece_after", "temperature", "rows_tested")
     before, after, temperature, rows = (html.escape(format_value(figures.get(name))) for name in wanted)
+    method = figures.get("method", "temperature")
+    how = f"temperature {temperature}" if method == "temperature" else f"{html.escape(str(method))} calibration"
     return (
-        f"<p>Expected calibration error <b>{before}</b> as trained, <b>{after}</b> with temperature {temperature}, "
+        f"<p>Expected calibration error <b>{before}</b> as trained, <b>{after}</b> with {how}, "
         f"on {rows} held-out comparisons.</p>"
     )
 

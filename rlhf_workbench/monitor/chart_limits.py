@@ -136,18 +136,23 @@ def _current(store: Store, signal_id: str) -> ChartSignal:
     return next((signal for signal in same if signal.happened_at == given.happened_at), given)
 
 
+def _note(store: Store, signal_id: str, what: str, said: str) -> ChartSignal:
+    """Write one field of a signal."""
+    if not said.strip():
+        raise InputError(f"the {what} is empty; say in words what was found, or done")
+    with store.transaction():
+        noted = correction(_current(store, signal_id), actor=store.actor, **{what: said.strip()})
+        store.append(noted)
+    return noted
+
+
 def note_cause(
     store: Store,
     signal_id: str,
     cause: str,  # what it was, in words
 ) -> ChartSignal:  # with the cause
     """Write down what a signal was about; raises `MissingError` when there is no such signal."""
-    if not cause.strip():
-        raise InputError("the cause is empty; say what was found, or that nothing was")
-    with store.transaction():
-        noted = correction(_current(store, signal_id), cause=cause.strip(), actor=store.actor)
-        store.append(noted)
-    return noted
+    return _note(store, signal_id, "cause", cause)
 
 
 def note_action(
@@ -156,12 +161,7 @@ def note_action(
     action: str,  # what was done
 ) -> ChartSignal:  # with the action
     """Write down what was done about a signal; raises `MissingError` when there is no such signal."""
-    if not action.strip():
-        raise InputError("the action is empty; say what was done")
-    with store.transaction():
-        noted = correction(_current(store, signal_id), action=action.strip(), actor=store.actor)
-        store.append(noted)
-    return noted
+    return _note(store, signal_id, "action", action)
 
 # %% ../../nbs/monitor/56_chart_limits.ipynb #d6ac61c2
 ACTIONS: dict[tuple[str, str], str] = {  # (quantity, by whom) → action

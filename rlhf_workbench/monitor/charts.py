@@ -182,7 +182,10 @@ def checked_groups(
     least: int = 2,  # subgroups
 ) -> list[Floats]:
     """Subgroups that can be charted; raises `InputError` that names the first one that cannot."""
-    found = [checked_values(group, least=1, what=f"values of subgroup {i}") for i, group in enumerate(groups)]
+    if isinstance(groups, np.ndarray) and groups.ndim == 2 and np.isfinite(groups.astype(np.float64)).all():
+        found = list(groups.astype(np.float64))
+    else:
+        found = [checked_values(group, least=1, what=f"values of subgroup {i}") for i, group in enumerate(groups)]
     if len(found) < least:
         raise InputError(f"not enough data: {len(found)} subgroups, needs at least {least}")
     if small := [i for i, group in enumerate(found) if len(group) < 2]:
@@ -192,11 +195,20 @@ def checked_groups(
     return found
 
 
+def _statistics(groups: Sequence[Floats]) -> tuple[Floats, Floats, Floats]:
+    """Size, mean and standard deviation of each subgroup."""
+    n = np.array([len(group) for group in groups], dtype=np.int64)
+    flat, starts = np.concatenate(groups), np.cumsum(n) - n
+    means = np.add.reduceat(flat, starts) / n
+    squares = np.add.reduceat((flat - np.repeat(means, n)) ** 2, starts)
+    is_flat = np.maximum.reduceat(flat, starts) == np.minimum.reduceat(flat, starts)  # else rounding passes for spread
+    return n.astype(np.float64), means, np.where(is_flat, 0.0, np.sqrt(squares / (n - 1)))
+
+
 def _means(kind: str, groups: Sequence[Floats], own: dict[str, Any], companion: Chart) -> Chart:
     """The panel of the means."""
-    n = np.array([len(group) for group in groups], dtype=np.float64)
+    n, means, _ = _statistics(groups)
     mean, deviation = own["mean"], own["sigma"] / np.sqrt(n)
-    means = np.array([group.mean() for group in groups])
     center = np.full(len(n), mean)
     return Chart(kind, "mean", means, center, mean - 3 * deviation, mean + 3 * deviation, deviation, n, own, companion)
 
@@ -222,12 +234,11 @@ def xbar_r_chart(
 # %% ../../nbs/monitor/50_charts.ipynb #e37efc5c
 def _sigma_of_groups(groups: Sequence[Floats]) -> float:
     """The standard deviation inside the subgroups."""
-    sizes = {len(group) for group in groups}
-    if len(sizes) == 1:
-        return float(np.mean([group.std(ddof=1) for group in groups])) / unbias(sizes.pop())
-    freedom = sum(len(group) - 1 for group in groups)
-    square = sum((len(group) - 1) * group.var(ddof=1) for group in groups) / freedom
-    return math.sqrt(square) / unbias(freedom + 1)
+    n, _, spread = _statistics(groups)
+    if n.min() == n.max():
+        return float(spread.mean()) / unbias(float(n[0]))
+    freedom = float((n - 1).sum())
+    return math.sqrt(float(((n - 1) * spread**2).sum()) / freedom) / unbias(freedom + 1)
 
 
 def xbar_s_chart(
@@ -239,11 +250,11 @@ def xbar_s_chart(
     if limits is None:
         limits = {"mean": float(np.concatenate(found).mean()), "sigma": checked_sigma(_sigma_of_groups(found))}
     own = _own(limits)
-    n = np.array([len(group) for group in found], dtype=np.float64)
-    c4 = np.array([unbias(size) for size in n])
+    n, _, spread = _statistics(found)
+    sizes, which = np.unique(n, return_inverse=True)
+    c4 = np.array([unbias(size) for size in sizes.tolist()])[which]
     width = 3 * own["sigma"] * np.sqrt(1 - c4**2)
     center = c4 * own["sigma"]
-    spread = np.array([group.std(ddof=1) for group in found])
     lower = np.maximum(center - width, 0)
     return _means(
         "xbar_s", found, own, Chart("s", "standard deviation", spread, center, lower, center + width, None, n, own)

@@ -9,9 +9,10 @@ __all__ = ['concise', 'hedged', 'certain', 'warm', 'rude', 'first_person', 'spea
            'warns', 'asks_back', 'repeats_question', 'gives_example', 'weighs_sides', 'concludes', 'lists', 'formatted',
            'code_block', 'numbers', 'cites', 'emoji', 'tiny', 'smollm2_135m', 'symmetric', 'dawid_skene', 'one_coin',
            'majority', 'glad', 'mace', 'trl', 'trl_chat', 'trl_implicit', 'kto', 'kto_chat', 'openai', 'ultrafeedback',
-           'hh_rlhf', 'information', 'entropy', 'shuffled', 'in_order', 'slow', 'steady', 'quick', 'at_random', 'adwin',
-           'cusum', 'ddm', 'hddm_a', 'hddm_w', 'page_hinkley', 'stepd', 'LanguageModel', 'SimulatedCrew',
-           'VoteConsensus', 'Temperature', 'PairChoice', 'Pace', 'StreamDetector', 'LogChannel', 'formal']
+           'hh_rlhf', 'platt', 'beta', 'isotonic', 'histogram', 'information', 'entropy', 'shuffled', 'in_order',
+           'slow', 'steady', 'quick', 'at_random', 'adwin', 'cusum', 'ddm', 'hddm_a', 'hddm_w', 'page_hinkley', 'stepd',
+           'LanguageModel', 'SimulatedCrew', 'VoteConsensus', 'PairCalibration', 'Temperature', 'PairChoice', 'Pace',
+           'StreamDetector', 'LogChannel', 'formal']
 
 # %% ../../nbs/serve/52_components.ipynb #a4fb3b6b
 import json
@@ -30,6 +31,7 @@ from ..core.errors import InputError
 from ..core.formats import FORMATS, find_format
 from ..core.messages import check_question
 from ..core.schema import Alert, Messages
+from ..monitor.binary_calibration import BinaryMethod, apply_binary, fit_binary
 from ..monitor.calibration import fit_temperature, pair_probabilities, scale_probabilities
 from ..monitor.detectors import SETTINGS, make_detector
 from ..monitor.seeds import FORMAL, SeededSymbol
@@ -106,6 +108,25 @@ class VoteConsensus:
         return aggregate_votes(votes, self.method, labels).posterior
 
 # %% ../../nbs/serve/52_components.ipynb #c22890eb
+class PairCalibration:
+    """A calibrator out of a method of `fit_calibration`, in its symmetric form."""
+
+    def __init__(
+        self,
+        method: BinaryMethod,
+    ):
+        self.method = method
+        self.is_monotone = method != "histogram"  # neighbouring bins may fall
+
+    def fit(self, p_first: npt.ArrayLike, is_first_better: npt.ArrayLike) -> dict[str, Any]:
+        """What the method learns; raises `InputError` on what are no outcomes."""
+        return fit_binary(p_first, is_first_better, self.method, symmetric=True)
+
+    def apply(self, p_first: npt.ArrayLike, fitted: dict[str, Any]) -> npt.NDArray[np.float64]:
+        """The corrected probabilities."""
+        return apply_binary(p_first, fitted)
+
+
 class Temperature:
     """Temperature scaling as a calibrator."""
 
@@ -224,6 +245,7 @@ def formal() -> SeededSymbol:
 tiny, smollm2_135m = (partial(LanguageModel, name) for name in ("tiny", "smollm2-135m"))
 symmetric, dawid_skene, one_coin, majority, glad, mace = (partial(VoteConsensus, m) for m in get_args(Method))
 trl, trl_chat, trl_implicit, kto, kto_chat, openai, ultrafeedback, hh_rlhf = (partial(find_format, f) for f in FORMATS)
+platt, beta, isotonic, histogram = (partial(PairCalibration, method) for method in get_args(BinaryMethod))
 information, entropy, shuffled = (partial(PairChoice, strategy) for strategy in STRATEGIES)
 in_order, slow, steady, quick, at_random = (partial(Pace, p) for p in ("sorted", "slow", "steady", "quick", "random"))
 adwin, cusum, ddm, hddm_a, hddm_w, page_hinkley, stepd = (partial(StreamDetector, name) for name in SETTINGS)

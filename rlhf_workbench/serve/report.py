@@ -6,8 +6,8 @@ Docs: https://OWNER.github.io/rlhf_workbench/serve/report.html.md"""
 
 # %% auto #0
 __all__ = ['ACCENT', 'QUIET', 'WARN', 'Finding', 'Sketch', 'show_prompts', 'show_generations', 'show_annotations', 'show_import',
-           'show_consensus', 'show_snapshot', 'show_reward', 'show_policy', 'show_calibration', 'show_drift',
-           'show_feature_watch', 'show_models', 'show_trigger', 'show_audit', 'show_steps']
+           'show_consensus', 'show_snapshot', 'show_reward', 'show_policy', 'show_calibration', 'show_slices',
+           'show_watch', 'show_drift', 'show_feature_watch', 'show_models', 'show_trigger', 'show_audit', 'show_steps']
 
 # %% ../../nbs/serve/01_report.ipynb #d3ff7fc7
 import base64
@@ -24,6 +24,7 @@ from ..core.settings import needs_extra
 from ..monitor.calibration import plot_reliability
 from ..monitor.drift import plot_drift
 from ..monitor.feature_watch import plot_feature_watch
+from ..monitor.slices import plot_slices
 from ..store.registry import RunResult, lineage, run_table
 from ..store.tables import Store
 
@@ -193,12 +194,31 @@ def show_calibration(run: RunResult) -> Finding:
     """How far stated probabilities are from what happened."""
     before, after = (pd.DataFrame(run[f"reliability_{when}"]) for when in ("before", "after"))
     low, high = run["ece_before_interval"]
+    is_scaled = run.figures.get("method", "temperature") == "temperature"
+    how = f"scaling with temperature {run['temperature']:.2f}" if is_scaled else f"{run['method']} calibration"
     said = (
         f"On {run['rows_tested']} held-out pairs the ECE is {run['ece_before']:.3f} ({low:.3f} to {high:.3f}) before and "
-        f"{run['ece_after']:.3f} after scaling with temperature {run['temperature']:.2f}, fitted on {run['rows_fitted']} others. "
+        f"{run['ece_after']:.3f} after {how}, fitted on {run['rows_fitted']} others. "
         f"Evidently's report is {run['report']} among the store's files."
     )
     return Finding(said, _png(plot_reliability(before, after)))
+
+
+def show_slices(run: RunResult) -> Finding:
+    """Where the model does not mean what it says, and how well people agree."""
+    slices, ceiling = pd.DataFrame(run["slices"]), run["human_ceiling"]
+    odd = slices[slices["reading"].isin(["too sure", "not sure enough"])]
+    named = "; ".join(f"{row.reading} where {row.by} is {row.slice}" for row in odd.itertuples()) or "none stands out"
+    measured = int(slices["z"].notna().sum())
+    people = f" People agree with each other in {ceiling['agreement']:.1%} of the votes." if ceiling else ""
+    said = f"{len(slices)} slices, {measured} with enough data: {named}. The model is right in {run['accuracy']:.1%}.{people}"
+    return Finding(said, _png(plot_slices(slices, ceiling)) if measured else b"")
+
+
+def show_watch(run: RunResult) -> Finding:
+    """Whether the calibration has moved."""
+    alarms = "; ".join(run["readings"]) or "no alarm"
+    return Finding(f"{run['rows']} new predictions with outcomes, {run['seen']} in all: {alarms}.")
 
 
 def show_drift(run: RunResult) -> Finding:
