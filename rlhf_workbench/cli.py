@@ -17,6 +17,7 @@ from typing import Any
 import click
 
 from .commands.access import member, token
+from .commands.attribute import attribute
 from .commands.audit import audit
 from .commands.calibrate import calibrate
 from .commands.chart import chart
@@ -300,6 +301,8 @@ def reject(proposal: str, reason: str, actor: str, store: Path, as_json: bool) -
 # %% ../nbs/cli.ipynb #10247c47
 app.add_command(serve)
 app.sections["Look"] = ["serve"]
+app.add_command(attribute)
+app.sections.setdefault("Watch", []).append("attribute")
 
 
 app.add_command(mistakes)
