@@ -26,7 +26,6 @@ from rlhf_workbench.apps.overview import (
     MUTED,
     format_value,
     newest_figures,
-    reliability_plot,
     table_html,
 )
 from .portal import blank_page, pane_of
@@ -45,6 +44,7 @@ from rlhf_workbench.apps.streams import (
 from ..core.errors import WorkbenchError
 from ..core.schema import MistakePattern, Observation, Prediction, Preference
 from ..core.settings import needs_extra
+from ..monitor.calibration import reliability_diagram
 from ..monitor.chart_plots import chart_view
 from ..monitor.chart_rules import find_hits
 from ..monitor.detectors import SETTINGS
@@ -211,7 +211,7 @@ def _reliability(stream: Stream, lo: int, hi: int) -> Any:
     bins = stretch_reliability(stream, lo, hi)
     if bins is None:
         return "<p>No confidence is known here; post it as <code>features.confidence</code>.</p>"
-    return reliability_plot(bins.to_dict("records"))
+    return reliability_diagram(bins).opts(responsive=True, toolbar=None)
 
 
 def _control_chart(stream: Stream, lo: int, hi: int) -> Any:
@@ -258,7 +258,8 @@ class DriftView:
     def __init__(self, streams: Streams):
         with needs_extra("apps"):
             import panel as pn
-        self.streams, self.stream, self.window = streams, None, (0, 0)
+        self.streams, self.window = streams, (0, 0)
+        self.stream: Stream | None = None
         self.alarms = pd.DataFrame()
         names = list_streams(streams.store)
         self.choice = pn.widgets.Select(name="Stream", options=dict(zip(names["name"], names["key"], strict=True)))
@@ -274,7 +275,7 @@ class DriftView:
         self.choice.param.watch(self._on_stream, "value")
         self.alarm.param.watch(self._on_alarm, "value")
         self.try_out.on_click(self._on_try)
-        self.whole.on_click(lambda _: self.show(0, len(self.stream or ())))
+        self.whole.on_click(lambda _: self.show(0, float("inf")))
 
     # -- what the visitor does
 
@@ -343,9 +344,9 @@ class DriftView:
     def _set_alarms(self, alarms: pd.DataFrame) -> None:
         self.alarms = alarms
         options = {"none" if alarms.empty else f"{len(alarms)} found": -1}
-        for i, row in enumerate(alarms.head(500).itertuples()):
-            size = "" if pd.isna(row.severity) else f", by {row.severity:.2f}"
-            options[f"{row.at:,} · {row.detector}{' · ' + row.direction if row.direction else ''}{size}"] = i
+        for i, row in enumerate(alarms.head(500).to_dict("records")):
+            way = f" · {row['direction']}, by {row['severity']:.2f}" if row["direction"] else ""
+            options[f"{row['at']:,} · {row['detector']}{way}"] = i
         self.alarm.param.update(options=options, value=-1)
 
     def _draw_line(self) -> None:

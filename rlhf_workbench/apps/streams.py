@@ -21,10 +21,11 @@ import pandas as pd
 from ..core.errors import InputError, MissingError
 from ..core.schema import Model
 from ..monitor.attribute_charts import p_chart
-from ..monitor.calibration import preference_outcomes, reliability_table
+from ..monitor.calibration import reliability_table
 from ..monitor.charts import Chart, xbar_s_chart
 from ..monitor.confirmation import ChangeWatch, find_changes, kind_of_stream
 from ..monitor.detectors import StreamDetector
+from ..monitor.outcomes import preference_outcomes
 from ..monitor.spaces import embed_texts
 from ..store.tables import Store
 
@@ -63,7 +64,7 @@ class Stream:
 
     def clip(self, lo: float, hi: float) -> tuple[int, int]:
         """A stretch as places that exist."""
-        first, last = sorted(int(np.clip(round(x), 0, len(self))) for x in (lo, hi))
+        first, last = sorted(int(np.clip(np.rint(x), 0, len(self))) for x in (lo, hi))
         return first, last
 
 # %% ../../nbs/apps/05_streams.ipynb #427856a3

@@ -32,7 +32,7 @@ def shapley_values(
     value: Mapping[World, float],  # of every set of players, the empty one included
 ) -> dict[str, float]:  # player → share; together: the value of all minus that of none
     """The mean over all orders of what each player adds (Shapley 1953)."""
-    players = sorted(max(value, key=len))
+    players = sorted(frozenset[str]().union(*value))
     n, shares = len(players), {}
     for player in players:
         others = [other for other in players if other != player]

@@ -315,7 +315,7 @@ def plot_feature_watch(
         for window in figures["alarms"][name]:
             axes.plot(window, row, "o", mfc="none", color="C3")
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.set(xlabel=f"window of {figures['rule']['window']} comparisons after the reference")
     figure.colorbar(picture, label="effect")
     return figure
