@@ -14,6 +14,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
@@ -27,7 +28,7 @@ from cryptography.x509.oid import NameOID
 
 from rlhf_workbench.commands.serve import Place, check_place, is_here, project_names, serve
 from rlhf_workbench.core.errors import InputError, MissingError
-from rlhf_workbench.core.schema import Delivery, DriftEvent, Firing, Job, JobEnd, Prompt, QueueItem, QueueState, utc_now
+from rlhf_workbench.core.schema import Delivery, DriftEvent, Firing, Job, JobEnd, Observation, Prompt, QueueItem, QueueState, utc_now
 from rlhf_workbench.govern.access import make_token
 from rlhf_workbench.store.tables import connect
 
@@ -352,3 +353,24 @@ def test_rules_with_a_mistake_are_told_before_anything_is_served(tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert "line 2: rule 'r': wacht is not known; did you mean 'watch'?" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_change_of_a_posted_stream_becomes_an_alert_by_itself(tmp_path: Path) -> None:
+    path, rng = tmp_path / "pilot.duckdb", np.random.default_rng(0)
+    with connect(path) as store:
+        _, token = make_token(store, "judge", "service")
+        store.append([Observation(stream="live", value=float(e)) for e in rng.random(2000) < 0.1])
+    with served(path) as service:
+        headers = {"Authorization": f"Bearer {token}"}
+        alerts = "/v1/projects/pilot/alerts/open"
+        with httpx.Client(base_url=service.url, timeout=30, headers=headers) as judge:
+            for error in rng.random(150) < 0.6:
+                body = {"stream": "live", "value": float(error)}
+                assert judge.post("/v1/projects/pilot/observations", json=body).status_code == 201
+            until(lambda: service.browser.get(alerts).json())
+        (alert,) = service.browser.get(alerts).json()
+        assert alert["title"] == "live changed"
+        assert "A rise from 0.1" in alert["text"]
+    with connect(path) as store:
+        assert store.verify().is_intact
