@@ -28,7 +28,18 @@ from cryptography.x509.oid import NameOID
 
 from rlhf_workbench.commands.serve import Place, check_place, is_here, project_names, serve
 from rlhf_workbench.core.errors import InputError, MissingError
-from rlhf_workbench.core.schema import Delivery, DriftEvent, Firing, Job, JobEnd, Observation, Prompt, QueueItem, QueueState, utc_now
+from rlhf_workbench.core.schema import (
+    Delivery,
+    DriftEvent,
+    Firing,
+    Job,
+    JobEnd,
+    Observation,
+    Prompt,
+    QueueItem,
+    QueueState,
+    utc_now,
+)
 from rlhf_workbench.govern.access import make_token
 from rlhf_workbench.store.tables import connect
 
