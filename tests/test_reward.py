@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -137,12 +136,21 @@ def test_it_is_quiet_off_a_terminal(base: str, how: dict[str, Any], capfd: pytes
     assert capfd.readouterr() == ("", "")
 
 
-def test_an_interrupted_training_leaves_nothing(base: str) -> None:
+def test_an_interrupted_training_leaves_nothing(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trl import RewardTrainer
+
+    step, steps = RewardTrainer.training_step, iter(range(1_000_000))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) == 5:  # in the middle, however long the libraries took to load
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args, **kwargs)
+
     with connect(":memory:") as store:
         snapshot = add_polite(store)
-        threading.Timer(2.0, os.kill, (os.getpid(), signal.SIGINT)).start()
-        with pytest.raises(KeyboardInterrupt):
-            run_once(store, train_reward, seed=0, snapshot_id=snapshot, base=base, epochs=5000)
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(RewardTrainer, "training_step", interrupted)
+            run_once(store, train_reward, seed=0, snapshot_id=snapshot, base=base, epochs=50)
         assert list(store.files("models").iterdir()) == []
         assert store.records(Model) == []
         assert [end.status for end in store.records(RunEnd)] == ["failed"]
