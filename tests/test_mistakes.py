@@ -522,6 +522,20 @@ def test_a_candidate_that_was_not_looked_at_does_not_pass(store: Store) -> None:
     assert require_no_regressions(store, policy.id).checks == ()  # reward models' mistakes are not its
 
 
+def test_no_release_brings_back_a_resolved_pattern(store: Store) -> None:
+    from rlhf_workbench.govern.stages import promote
+
+    models, _ = add_pairs(
+        store, 300, 0, {"old": (0.7, 0.1), "fixed": (0.05, 0.1), "good": (0.1, 0.1), "bad": (0.7, 0.1)}
+    )
+    (pattern,) = remember_patterns(store, models["old"].id).patterns
+    resolve_pattern(store, pattern.id, model_id=models["fixed"].id, reason="retrained")
+    with pytest.raises(DeniedError, match=r"brings back resolved mistakes: .*def"):
+        promote(store, models["bad"].id, reason="new", needs_approval=False, needs_trial=False)
+    stage = promote(store, models["good"].id, reason="new", needs_approval=False, needs_trial=False)
+    assert (stage.stage, stage.model_id) == ("champion", models["good"].id)
+
+
 # The next batch and the next training
 
 

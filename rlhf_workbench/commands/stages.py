@@ -153,10 +153,9 @@ def promote(
     Example: rlhfw stage promote MODEL --proposal PROPOSAL --trial TRIAL --reason "won"
     """
     from rlhf_workbench.govern.stages import promote as crown
-    from rlhf_workbench.govern.stages import release_gates
 
     with to_change(store, actor) as opened:
-        made = crown(opened, model_id, reason=reason, gates=release_gates(), proposal_id=proposal_id, trial_id=trial_id)
+        made = crown(opened, model_id, reason=reason, proposal_id=proposal_id, trial_id=trial_id)
     say(as_json, {"stage_id": made.id, "previous_id": made.previous_id}, f"model {model_id} is the champion")
 
 

@@ -120,7 +120,7 @@ def promote(
     model_id: str,
     *,
     reason: str,  # why, in words
-    gates: Sequence[Gate] = (),
+    gates: Sequence[Gate] | None = None,  # each raises to object; None: `release_gates()`
     proposal_id: str | None = None,  # an approved one, bound to these weights
     needs_approval: bool = True,
     trial_id: str | None = None,  # that it won; needed when there is a champion
@@ -136,7 +136,7 @@ def promote(
         raise DeniedError(
             f"to promote {model.name} ({model_id}) needs an approval; `rlhfw stage propose {model_id}` asks for it"
         )
-    _ask_gates(store, model_id, gates)
+    _ask_gates(store, model_id, release_gates() if gates is None else gates)
     with store.transaction():
         before = champion_stage(store, model.kind, model.name)
         if before and before.model_id == model_id:
