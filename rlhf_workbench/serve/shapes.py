@@ -108,6 +108,8 @@ def _example_value(kind: type[Record], item: Field[Any]) -> Any:
     if item.name == "id" or (item.name.endswith("_id") and item.name != "annotator_id"):
         return _UUID
     if sql == "JSON":
+        if hint in (list[int], list[float]):
+            return [1]
         is_list = list in (typing.get_origin(hint), *(typing.get_origin(part) for part in typing.get_args(hint)))
         return [{"role": "user", "content": "Why is the sky blue?"}] if is_list else {}
     return _EXAMPLES.get(item.name, _BY_TYPE[sql])
