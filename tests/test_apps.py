@@ -301,7 +301,7 @@ def talking(browser: TestClient) -> dict[str, str]:
     return {"host": HERE.removeprefix("http://"), "cookie": cookies}
 
 
-PATHS = ("/", "/label", "/projects/pilot", "/projects/pilot/label")
+PATHS = ("/", "/label", "/drift", "/projects/pilot", "/projects/pilot/label", "/projects/pilot/drift")
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -320,6 +320,13 @@ def test_the_overview_is_for_those_who_may_read_it(visits: Callable[[str], TestC
     assert title in page.text
     assert '"token":"' in page.text
     assert "https://" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("role", "status"), [("admin", 200), ("researcher", 200), ("auditor", 200), ("annotator", 403), ("service", 403)]
+)
+def test_drift_is_for_those_who_may_read_events(visits: Callable[[str], TestClient], role: str, status: int) -> None:
+    assert visits(role).get("/drift").status_code == status
 
 
 def test_who_may_not_answer_gets_no_tasks(visits: Callable[[str], TestClient], store: Store) -> None:
