@@ -45,7 +45,7 @@ from ..core.errors import WorkbenchError
 from ..core.schema import MistakePattern, Observation, Prediction, Preference
 from ..core.settings import needs_extra
 from ..monitor.calibration import reliability_diagram
-from ..monitor.chart_plots import chart_view
+from ..monitor.chart_plots import chart_view, load_holoviews
 from ..monitor.chart_rules import find_hits
 from ..monitor.detectors import SETTINGS
 from ..monitor.spaces import embed_texts
@@ -88,14 +88,10 @@ def _compile() -> None:
     embed_texts(["one text", "another"])
 
 # %% ../../nbs/apps/06_drift.ipynb #402dab12
-def _holoviews() -> Any:
-    """HoloViews with Bokeh chosen."""
-    with needs_extra("apps"):
-        import holoviews
-        import holoviews.plotting.bokeh  # registers the options used below
-    holoviews.Store.set_current_backend("bokeh")
-    holoviews.plotting.bokeh.BokehRenderer.webgl = False  # WebGL compiles code from text, which the page forbids
-    return holoviews
+def _visible(stream: Stream, x_range: tuple[float, float] | None) -> tuple[int, int]:
+    """The stretch that is seen; all of it when nothing is."""
+    lo, hi = stream.clip(*(x_range or (0, len(stream))))
+    return (lo, hi) if hi > lo else (0, len(stream))
 
 
 def stream_line(
@@ -103,9 +99,8 @@ def stream_line(
     x_range: tuple[float, float] | None = None,  # what is visible; None: all
 ) -> Any:  # a holoviews.Curve
     """The rolling mean of the visible stretch."""
-    hv = _holoviews()
-    lo, hi = stream.clip(*(x_range or (0, len(stream))))
-    lo, hi = (lo, hi) if hi > lo else (0, len(stream))
+    hv = load_holoviews()
+    lo, hi = _visible(stream, x_range)
     label = "share of errors" if stream.kind == "errors" else "mean score"
     line = hv.Curve(rolling_mean(stream, lo, hi), hv.Dimension("at", label="place in the stream"), ("value", label))
     tools = ["xbox_select", "xwheel_zoom", "xpan", "reset"]
@@ -119,11 +114,10 @@ def stream_density(
     height: int = 180,
 ) -> Any:  # a holoviews.Image
     """How many scores lie where in the visible stretch."""
-    hv = _holoviews()
+    hv = load_holoviews()
     with needs_extra("apps"):
         from holoviews.operation.datashader import rasterize
-    lo, hi = stream.clip(*(x_range or (0, len(stream))))
-    lo, hi = (lo, hi) if hi > lo else (0, len(stream))
+    lo, hi = _visible(stream, x_range)
     points = hv.Points((np.arange(lo, hi), stream.values[lo:hi]), ["at", "value"])
     image = rasterize(points, dynamic=False, width=width, height=height)
     return image.opts(
@@ -137,7 +131,7 @@ def alarm_marks(
     chosen: int | None = None,  # row of the alarm that is looked at
 ) -> Any:  # a holoviews.Overlay
     """The alarms on the line, and where they say that it began."""
-    hv = _holoviews()
+    hv = load_holoviews()
     ends = alarms["at"].to_numpy(np.int64)
     width = max(20, len(stream) // 40)
     level = [stream.mean(max(0, end - width), end + 1) for end in ends]
@@ -152,7 +146,7 @@ def plane_plot(
     points: pd.DataFrame,  # from `place_texts`: x, y, period, prompt, at
 ) -> Any:  # a holoviews.Overlay
     """Both periods in one plane."""
-    hv = _holoviews()
+    hv = load_holoviews()
     with needs_extra("apps"):
         from bokeh.models import HoverTool
     tip = HoverTool(tooltips=[("place", "@at"), ("asked", "@prompt")])  # Bokeh escapes the values
@@ -351,7 +345,7 @@ class DriftView:
 
     def _draw_line(self) -> None:
         """The line with its brush and its alarms."""
-        hv, stream = _holoviews(), self.stream
+        hv, stream = load_holoviews(), self.stream
         assert stream is not None
         self._marks = hv.streams.Pipe(data=None)
         visible = hv.streams.RangeX()
@@ -373,7 +367,7 @@ class DriftView:
         self.line[:] = [pane_of(hv.Overlay(layers).collate().opts(**look), height=280)]
 
     def _marked(self, chosen: int | None) -> Any:
-        hv = _holoviews()
+        hv = load_holoviews()
         assert self.stream is not None
         shown = self.alarms if len(self.alarms) else pd.DataFrame({"at": [], "start": [], "detector": []})
         lo, hi = self.window

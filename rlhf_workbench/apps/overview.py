@@ -24,6 +24,7 @@ import pandas as pd
 from ..core.schema import RECORDS, Annotation, DriftEvent, Record, utc_now
 from ..core.settings import needs_extra
 from ..govern.approval import proposal_table
+from ..monitor.chart_plots import load_holoviews
 from ..store.registry import run_table
 from ..store.tables import Store
 from ..store.tally import Groups, tally
@@ -202,15 +203,6 @@ def _calm(plot: Any, _: Any) -> None:
         legend.update(label_text_font_size="12px")
 
 
-def _holoviews() -> Any:
-    """HoloViews with Bokeh chosen."""
-    with needs_extra("apps"):
-        import holoviews
-        import holoviews.plotting.bokeh  # registers the options used below
-    holoviews.Store.set_current_backend("bokeh")
-    return holoviews
-
-
 def _finish(overlay: Any, **options: Any) -> Any:
     """An overlay as wide as its card."""
     frame = {"responsive": True, "height": 300, "hooks": [_calm], "show_grid": True, "toolbar": None}
@@ -222,7 +214,7 @@ def reliability_plot(
     after: Sequence[dict[str, Any]] = (),  # the same, after recalibration
 ) -> Any:  # a holoviews.Overlay
     """The share that was right against the confidence."""
-    hv = _holoviews()
+    hv = load_holoviews()
     low = min([b["lo"] for b in [*before, *after]], default=0.5)
     parts = [hv.Curve([(low, low), (1, 1)]).opts(color=GREY, line_dash="dotted", line_width=1.5)]
     for bins, name, color in ((before, "as trained", GREY), (after, "with temperature", ACCENT)):
@@ -234,7 +226,7 @@ def reliability_plot(
 
 def _reliability_layer(bins: pd.DataFrame, name: str, color: str) -> list[Any]:
     """Line, whiskers and points of one reliability table."""
-    hv = _holoviews()
+    hv = load_holoviews()
     bins = bins.assign(minus=bins["accuracy"] - bins["accuracy_lo"], plus=bins["accuracy_hi"] - bins["accuracy"])
     tips = [("says", "@confidence{0.000}"), ("right", "@accuracy{0.000}"), ("comparisons", "@n")]
     tips.insert(2, ("95 %", "@accuracy_lo{0.00} … @accuracy_hi{0.00}"))
@@ -275,7 +267,7 @@ def drift_plot(
     figures: dict[str, Any],  # from the step `watch_drift`
 ) -> Any:  # a holoviews.Overlay
     """The watched streams, counted from the end of the control."""
-    hv = _holoviews()
+    hv = load_holoviews()
     series = figures["series"]
     places = [i for one in series.values() for i in one["index"]] or [0]
     top = max([v for one in series.values() for v in one["value"]], default=1.0)
@@ -299,7 +291,7 @@ def drift_plot(
 
 def _alarm_layer(name: str, series: dict[str, Any], dash: str) -> list[Any]:
     """The line of a stream and its confirmed alarms."""
-    hv = _holoviews()
+    hv = load_holoviews()
     table = pd.DataFrame({"at": series["index"], "value": series["value"]})
     line = hv.Curve(table, "at", "value", label=plain_label(name))
     at = table["at"].searchsorted(series["alarms"]).clip(max=len(table) - 1)
