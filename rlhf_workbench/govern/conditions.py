@@ -65,7 +65,9 @@ class Machine:
     spent: list[Spent] = field(default_factory=list)
 
     def _set_clock(self, now: datetime) -> None:
-        """Nothing happened later than now."""
+        """Nothing happened later than now, and what the budget has forgotten does not come back."""
+        if budget := self.rule.budget:
+            self.spent = [one for one in self.spent if now - one.moment < budget.per]
         for one in self.spent:
             one.moment = min(one.moment, now)
         for memory in self.memories.values():
@@ -84,14 +86,13 @@ class Machine:
         """The part of the budget that is used up."""
         budget = self.rule.budget
         assert budget
-        mine = [one for one in self.spent if point.moment - one.moment < budget.per]
         days = f"in {budget.per}"
-        if budget.firings is not None and len(mine) >= budget.firings:
-            return "budget", f"budget: {len(mine)} of {budget.firings} firings {days}"
+        if budget.firings is not None and len(self.spent) >= budget.firings:
+            return "budget", f"budget: {len(self.spent)} of {budget.firings} firings {days}"
         cost = point.cost() if budget.seconds is not None or budget.tokens is not None else (0.0, 0.0)
         for i, name in enumerate(("seconds", "tokens")):
             limit = getattr(budget, name)
-            total = sum(getattr(one, name) for one in mine)
+            total = sum(getattr(one, name) for one in self.spent)
             if limit is not None and total + cost[i] > limit:
                 return "budget", f"budget: {total:g} {name} spent and {cost[i]:g} needed of {limit:g} {days}"
         return "", ""
@@ -131,7 +132,6 @@ class Machine:
         cost = point.cost()
         memory.is_armed, memory.recent, memory.held_by, memory.last_fired = False, [], "", point.moment
         if self.rule.budget:
-            self.spent = [one for one in self.spent if point.moment - one.moment < self.rule.budget.per]
             self.spent.append(Spent(point.moment, *cost))
         k, n = self.rule.confirm
         confirmed = f", {k} of {n} evaluations" if n > 1 else ""
