@@ -59,9 +59,7 @@ def _gain(kind: Kind, before: Any, after: Any, whole: Any) -> Any:
     if kind == "errors":
         return _fit(*before[:2]) + _fit(*after[:2]) - _fit(*whole[:2])
     n = whole[0]
-    apart, together = (
-        sum(part[2] - part[1] ** 2 / part[0] for part in parts) for parts in ((before, after), (whole,))
-    )
+    apart, together = (sum(part[2] - part[1] ** 2 / part[0] for part in parts) for parts in ((before, after), (whole,)))
     spread = 1e-3 * n  # a constant has no variance to compare with
     return n / 2 * np.log((together + spread) / (apart + spread))
 
@@ -111,6 +109,7 @@ class Stretch:
     def _running(self, values: Floats) -> list[npt.NDArray[Any]]:
         """Sums and, of scores, sums of squares since the change at each place of the recent values and the next."""
         both = np.concatenate([[0.0], self.recent, values])
+        parts: list[tuple[npt.NDArray[Any], float]]
         if self.kind == "errors":
             parts = [(np.cumsum(both.astype(np.int64)), int(self.total))]
         else:
