@@ -98,8 +98,8 @@ def effect_size(
 
 # %% ../../nbs/monitor/24_confirmation.ipynb #8cc664db
 _SHARE = 5  # an alarm takes this part of the budget
-_BLOCK = 512  # values that are looked at together: what is computed for them fits into the cache
-_PORTION = 100 * _BLOCK
+_BLOCK = 1024  # values that are looked at together: what is computed for them fits into the cache
+_PORTION = 50 * _BLOCK
 _MOVING = 3.0  # nats that say that the level still moves
 _HOLD = 200, 500  # values that a level must hold for, at least and at most
 
