@@ -4,8 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 2
 export OMP_WAIT_POLICY ?= passive
-# Tests that measure, or use both cores by themselves.
-ALONE := tests/test_light.py tests/test_generate.py tests/test_loop.py tests/test_survival.py
+unexport PYTHONDONTWRITEBYTECODE  # the many processes that tests start read what the first one compiled
+ALONE := tests/test_light.py  # it measures
 
 .PHONY: demo test lint notebooks docs lab serve clean
 
@@ -13,9 +13,10 @@ demo: $(VENV)/.installed
 	$(BIN)/rlhfw model
 	$(BIN)/rlhfw demo
 
-test: $(VENV)/.installed-dev lint notebooks docs
-	timeout 900 $(BIN)/pytest $(ALONE)
-	timeout 1200 $(BIN)/pytest -n 2 --dist loadfile $(addprefix --ignore=,$(ALONE))
+test: $(VENV)/.installed-dev
+	$(MAKE) -j3 lint notebooks docs
+	timeout 200 $(BIN)/pytest $(ALONE)
+	timeout 1800 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check nbs tests setup.py
@@ -25,8 +26,11 @@ lint: $(VENV)/.installed-dev
 notebooks: $(VENV)/.installed-dev
 	timeout 900 $(BIN)/nbdev-test --n-workers 2
 
-docs: $(VENV)/.installed-dev  # what the site is made of, without Quarto
-	timeout 300 $(BIN)/python -c "from nbdev.serve import proc_nbs; proc_nbs()"
+# What the site is made of, without Quarto. Most of nbdev's time would go into reading pyproject.toml again for every
+# cell, and into what each of the hundreds of shells does at exit.
+docs: $(VENV)/.installed-dev
+	timeout 600 $(BIN)/python -c "import os; from functools import cache; import nbdev.config as c; \
+		c._load_toml = cache(c._load_toml); from nbdev.serve import proc_nbs; proc_nbs(n_workers=0); os._exit(0)"
 
 lab: $(VENV)/.installed
 	$(BIN)/jupyter lab nbs/tutorials

@@ -1,4 +1,4 @@
-"""A browser for those who need one; and what every test run ends with: how many tests were left out, and why."""
+"""A browser for those who need one; slow files first; and, at the end, how many tests were left out, and why."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -14,6 +14,12 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     with opened(tmp_path_factory.mktemp("chromium")) as found:
         yield found
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -390,7 +390,8 @@ def test_a_dead_parent_leaves_no_orphans(how: signal.Signals) -> None:
     wait_for(lambda: not [p for p in pipelines() if p.pid != os.getpid()], 10)
 
 
-def test_the_tiny_cache_can_be_thrown_away() -> None:
+def test_the_tiny_cache_can_be_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLHFW_CACHE", str(tmp_path))
     folder = tiny_model()
     shutil.rmtree(folder)
     assert tiny_model() == folder

@@ -59,7 +59,9 @@ def _is_name(key: str) -> bool:
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("first")
-    return folder, rlhfw(folder, "demo", "--fast")
+    facts = rlhfw(folder, "demo", "--fast")
+    with connect(folder / "workbench.duckdb", read_only=True) as store:
+        return folder, {**facts, "figures": figures(store)}
 
 
 def test_every_step_ran_and_left_rows(first: tuple[Path, dict[str, Any]]) -> None:
@@ -102,16 +104,6 @@ def test_the_report_reads_well(first: tuple[Path, dict[str, Any]]) -> None:
     assert "run_once(" not in report, "the page is for readers, without code"
 
 
-def test_the_same_seed_gives_the_same_figures(first: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    folder, _ = first
-    rlhfw(tmp_path, "demo", "--fast")
-    with (
-        connect(folder / "workbench.duckdb", read_only=True) as one,
-        connect(tmp_path / "workbench.duckdb", read_only=True) as two,
-    ):
-        assert figures(one) == figures(two)
-
-
 def test_a_second_demo_reuses_everything(first: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = first
     with connect(folder / "workbench.duckdb", read_only=True) as store:
@@ -125,7 +117,8 @@ def test_a_second_demo_reuses_everything(first: tuple[Path, dict[str, Any]]) -> 
 
 
 @pytest.mark.parametrize("step", ["generate_comparisons", "annotate_queue", "train_reward"])
-def test_a_killed_demo_goes_on_where_it_stopped(step: str, tmp_path: Path) -> None:
+def test_a_killed_demo_goes_on_where_it_stopped(step: str, first: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """And the same seed gives the same figures as without the interruption."""
     process = subprocess.Popen(
         [RLHFW, "demo", "--fast"], cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
     )
@@ -138,6 +131,7 @@ def test_a_killed_demo_goes_on_where_it_stopped(step: str, tmp_path: Path) -> No
         finished = {end.run_id for end in store.records(RunEnd)}
     rlhfw(tmp_path, "demo", "--fast")
     with connect(tmp_path / "workbench.duckdb", read_only=True) as store:
+        assert figures(store) == first[1]["figures"]
         assert store.verify().is_intact
         kept = {end.run_id for end in store.records(RunEnd, status="done")}
         assert finished <= kept, "what was finished is used, not done again"

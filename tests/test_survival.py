@@ -40,7 +40,7 @@ def wait_for_more(said: Path) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_two_hundred_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
     path, said, draw = tmp_path / "s.duckdb", tmp_path / "said", random.Random(7)
     context = multiprocessing.get_context("forkserver")
