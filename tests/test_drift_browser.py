@@ -75,6 +75,21 @@ def press(page: Page, label: str) -> None:
     page.ask(f"all(document.body).find(e => e.tagName === 'BUTTON' && e.textContent.includes({label!r})).click()")
 
 
+def drag(page: Page, plot: int, begin: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw with the mouse on a plot, from one place to another; places are shares of its width and height."""
+    left, top, width, height = page.ask(
+        f"""(() => {{ const plot = all(document.body).filter(e => e.classList && e.classList.contains('bk-Canvas'))[{plot}];
+        plot.scrollIntoView({{block: 'center'}}); const r = plot.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; }})()"""
+    )
+    middle = tuple((a + b) / 2 for a, b in zip(begin, end, strict=True))
+    steps = (("mousePressed", begin), ("mouseMoved", middle), ("mouseMoved", end), ("mouseReleased", end))
+    for kind, (x, y) in steps:
+        event = {"type": kind, "x": left + x * width, "y": top + y * height}
+        page.driver.execute_cdp_cmd(
+            "Input.dispatchMouseEvent", event | {"button": "left", "buttons": 1, "clickCount": 1}
+        )
+
+
 def test_it_shows_a_stream_from_all_sides_and_asks_nobody_else(page: Page, link: str) -> None:
     opened(page, link)
     text = page.text()
@@ -104,16 +119,18 @@ def test_what_would_have_fired_and_what_is_behind_it(page: Page, link: str) -> N
 
 def test_a_stretch_is_drawn_across_the_line(page: Page, link: str) -> None:
     opened(page, link)
-    box = page.ask(
-        """(() => { const line = all(document.body).find(e => e.classList && e.classList.contains('bk-Canvas'));
-        line.scrollIntoView({block: 'center'}); const r = line.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; })()"""
-    )
-    left, top, width, height = box
-    y = top + height / 2
-    for kind, share in (("mousePressed", 0.3), ("mouseMoved", 0.4), ("mouseMoved", 0.6), ("mouseReleased", 0.6)):
-        event = {"type": kind, "x": left + share * width, "y": y, "button": "left", "buttons": 1, "clickCount": 1}
-        page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+    drag(page, 0, (0.3, 0.5), (0.6, 0.5))
     page.wait(lambda: "Drawn in" in page.text() and f"Values 0 to {N:,}" not in page.text())
+    assert page.complaints() == []
+
+
+def test_points_that_are_chosen_show_their_rows(page: Page, link: str) -> None:
+    opened(page, link)
+    drag(page, 3, (0.97, 0.95), (0.03, 0.06))
+    page.wait(lambda: "of the texts are chosen; their rows are below." in page.text())
+    page.driver.save_screenshot("/tmp/points.png")
+    chosen = int(page.text().split(" of the texts are chosen")[0].split()[-1])
+    assert 1 <= chosen <= 100  # all that are drawn of a whole stream, before which there is nothing
     assert page.complaints() == []
 
 

@@ -37,9 +37,10 @@ from rlhf_workbench.apps.streams import (
     read_examples,
     read_stream,
     rolling_mean,
+    rows_at,
     stretch_chart,
     stretch_reliability,
-    what_fires,
+    watch_stretch,
 )
 from ..core.errors import WorkbenchError
 from ..core.schema import MistakePattern, Observation, Prediction, Preference
@@ -155,8 +156,9 @@ def plane_plot(
     for period, color in (("before", GREY), ("in the stretch", ACCENT)):
         rows = points[points["period"] == period]
         dots = hv.Scatter(rows, ("x", " "), [("y", "  "), "at", "prompt"], label=period)
-        parts.append(dots.opts(color=color, size=7, alpha=0.7, line_color="white", tools=[tip]))
-    return hv.Overlay(parts).opts(legend_position="top_left", xaxis="bare", yaxis="bare", toolbar=None)
+        parts.append(dots.opts(color=color, size=7, alpha=0.7, line_color="white", tools=[tip, "tap", "box_select"]))
+    look = {"legend_position": "top_left", "xaxis": "bare", "yaxis": "bare", "toolbar": None}
+    return hv.Overlay(parts).opts(**look, active_tools=["box_select", "tap"])
 
 
 def examples_html(
@@ -165,10 +167,10 @@ def examples_html(
     """Examples as a table; texts are cut at 300 characters."""
     if rows.empty:
         return "<p>Nothing in this stretch went wrong.</p>"
-    shown = rows.assign(**{c: rows[c].fillna("").astype(str).str.slice(0, 300) for c in ("prompt", "first", "second")})
-    columns = {"at": "Place", "value": "Value", "confidence": "Confidence", "prompt": "Asked"}
-    columns |= {"first": "First answer", "second": "Second answer"}
-    return table_html(shown, columns, numbers=("at", "value", "confidence"), wide=("first", "second"))
+    texts = {"prompt": "Asked", "first": "First answer", "second": "Second answer", "pattern": "Pattern of mistakes"}
+    shown = rows.assign(**{name: rows[name].fillna("").astype(str).str.slice(0, 300) for name in texts})
+    columns = {"at": "Place", "value": "Value", "confidence": "Confidence"} | texts
+    return table_html(shown, columns, numbers=("at", "value", "confidence"), wide=("first", "second", "pattern"))
 
 # %% ../../nbs/apps/06_drift.ipynb #76ea951e
 def causes_html(
@@ -234,6 +236,7 @@ def draw_views(
             yield name, f'<p class="notice">{html.escape(str(error))}</p>'
 
 # %% ../../nbs/apps/06_drift.ipynb #25b93f21
+_TELL_S = 0.3  # between two tellings of what was found so far
 _BUDGETS = {"one in 1,000": 1e-3, "one in 10,000": 1e-4, "one in 100,000": 1e-5}
 _CARD = {"background": "#fff", "border": "1px solid #e4e8ee", "border-radius": "10px", "padding": "14px 16px"}
 _CARD |= {"box-sizing": "border-box", "min-width": "0"}
@@ -255,6 +258,7 @@ class DriftView:
         self.streams, self.window = streams, (0, 0)
         self.stream: Stream | None = None
         self.alarms = pd.DataFrame()
+        self._turn = 0  # of trying out: a later one ends those before
         names = list_streams(streams.store)
         self.choice = pn.widgets.Select(name="Stream", options=dict(zip(names["name"], names["key"], strict=True)))
         self.detectors = pn.widgets.MultiSelect(name="Detectors", options=["auto", *SETTINGS], value=["auto"], size=4)
@@ -315,15 +319,25 @@ class DriftView:
         self.said.object = f'<p class="notice" role="status">{html.escape(text)}</p>'
 
     def _read(self, key: str) -> None:
-        self.stream = self.streams.read(key)
+        self.stream, self._turn = self.streams.read(key), self._turn + 1
         self._set_alarms(pd.DataFrame())
         self._draw_line()
         self.show(0, len(self.stream))
 
     def _fire(self) -> None:
+        """Try it out, and tell on the way what was found."""
         assert self.stream is not None
-        begin, (lo, hi) = time.perf_counter(), self.window
-        alarms = what_fires(self.stream, lo, hi, self.detectors.value, budget=self.budget.value, k=self.k.value)
+        self._turn += 1
+        turn, begin, (lo, hi) = self._turn, time.perf_counter(), self.window
+        told, alarms = begin, self.alarms
+        chosen = {"budget": self.budget.value, "k": self.k.value}
+        for share, alarms in watch_stretch(self.stream, lo, hi, self.detectors.value, **chosen):
+            if turn != self._turn:
+                return
+            if share < 1 and time.perf_counter() - told > _TELL_S:
+                self.alarms, told = alarms, time.perf_counter()
+                self._marks.send(None)
+                self._say(f"Looked at {share:.0%} of {hi - lo:,} values; {len(alarms)} alarms so far …")
         took = time.perf_counter() - begin
         self._set_alarms(alarms)
         self._marks.send(None)
@@ -342,6 +356,25 @@ class DriftView:
             way = f" · {row['direction']}, by {row['severity']:.2f}" if row["direction"] else ""
             options[f"{row['at']:,} · {row['detector']}{way}"] = i
         self.alarm.param.update(options=options, value=-1)
+
+    def _link(self, plane: Any) -> None:
+        """Points that are chosen in the plane show their rows."""
+        hv = load_holoviews()
+        for dots in plane:
+            chosen = hv.streams.Selection1D(source=dots)
+            chosen.add_subscriber(partial(self._on_points, dots.dimension_values("at")))
+
+    def _on_points(self, places: Any, index: list[int]) -> None:
+        import panel as pn
+
+        if index:
+            pn.state.execute(partial(self._guarded, self._show_rows, places[index]), schedule=True)
+
+    def _show_rows(self, places: Any) -> None:
+        assert self.stream is not None
+        rows = rows_at(self.streams.store, self.stream, places[:50])
+        self.parts["examples"][:] = [pane_of(examples_html(rows))]
+        self._say(f"{len(places)} of the texts are chosen; their rows are below.")
 
     def _draw_line(self) -> None:
         """The line with its brush and its alarms."""
@@ -385,6 +418,8 @@ class DriftView:
         begin = time.perf_counter()
         self._marks.send(chosen)
         for name, view in draw_views(self.streams.store, self.stream, *self.window):
+            if name == "plane" and not isinstance(view, str):
+                self._link(view)
             self.parts[name][:] = [pane_of(view)]
         lo, hi = self.window
         mean = self.stream.mean(int(lo), int(hi))
@@ -411,7 +446,7 @@ class DriftView:
         for widget in chosen:
             widget.param.update(sizing_mode="stretch_width", min_width=0)
         buttons = pn.Row(self.try_out, self.whole)
-        tip = '<p class="muted">Draw across the line to choose a stretch; the wheel zooms.</p>'
+        tip = '<p class="muted">Draw across the line to choose a stretch; the wheel zooms. Points of the plane below can be chosen too.</p>'
         views = [card(_TITLES[name], self.parts[name]) for name in ("chart", "reliability", "plane", "causes")]
         top = card("The stream", grid(190, *chosen), buttons, self.said, self.line, pane_of(tip))
         examples = card(_TITLES["examples"], self.parts["examples"])

@@ -9,6 +9,7 @@ __all__ = ['Kind', 'Floats', 'WINDOWS', 'LONGEST', 'FEWEST', 'split_evidence', '
 
 # %% ../../nbs/monitor/21_likelihood.ipynb #79b661aa
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -22,11 +23,26 @@ Kind = Literal["errors", "scores"]  # 0 and 1, or numbers on a standard scale
 Floats = npt.NDArray[np.float64]
 
 
-def _fit(n: Any, total: Any) -> Any:
-    """The log-likelihood of n values with so many errors at their best rate."""
+@cache
+def _xlogy() -> Any:
     with needs_extra("monitor"):
         from scipy.special import xlogy
-    return xlogy(total, total) + xlogy(n - total, n - total) - xlogy(n, n)
+    return xlogy
+
+
+def _x_log_x(counts: Any) -> Any:
+    """x·log x of whole numbers; of many that lie close together, each is computed once."""
+    xlogy = _xlogy()
+    low, high = (int(counts.min()), int(counts.max())) if np.size(counts) > 1 else (0, 1)
+    if high - low >= np.size(counts):
+        return xlogy(counts, counts)
+    known = np.arange(low, high + 1)
+    return np.take(xlogy(known, known), np.asarray(counts - low, dtype=np.intp))
+
+
+def _fit(n: Any, total: Any) -> Any:
+    """The log-likelihood of n values with so many errors at their best rate."""
+    return _x_log_x(total) + _x_log_x(n - total) - _x_log_x(n)
 
 
 def split_evidence(
@@ -35,12 +51,17 @@ def split_evidence(
     after: tuple[Any, Any, Any],
 ) -> Any:  # nats, at least 0; of the shape of the arrays given
     """How much better two levels explain the values than one."""
-    n, total, squares = (b + a for b, a in zip(before, after, strict=True))
+    return _gain(kind, before, after, tuple(b + a for b, a in zip(before, after, strict=True)))
+
+
+def _gain(kind: Kind, before: Any, after: Any, whole: Any) -> Any:
+    """How much better the parts explain themselves than the whole does."""
     if kind == "errors":
-        return _fit(*before[:2]) + _fit(*after[:2]) - _fit(n, total)
-    left = [part[2] - part[1] ** 2 / part[0] for part in (before, after)]
+        return _fit(*before[:2]) + _fit(*after[:2]) - _fit(*whole[:2])
+    n = whole[0]
+    apart, together = (sum(part[2] - part[1] ** 2 / part[0] for part in parts) for parts in ((before, after), (whole,)))
     spread = 1e-3 * n  # a constant has no variance to compare with
-    return n / 2 * np.log((squares - total**2 / n + spread) / (left[0] + left[1] + spread))
+    return n / 2 * np.log((together + spread) / (apart + spread))
 
 # %% ../../nbs/monitor/21_likelihood.ipynb #a01f57c6
 WINDOWS = np.unique(np.round(16 * 2 ** (np.arange(29) / 4)).astype(np.int64))
@@ -54,6 +75,9 @@ def window_price(
     """What the evidence of a window must pay."""
     doublings = np.log2(length / 256)
     return np.abs(doublings) - np.log(2) * doublings
+
+
+_PRICES = window_price(np.maximum(np.arange(LONGEST + 1), 1))  # by length
 
 # %% ../../nbs/monitor/21_likelihood.ipynb #db82478b
 @dataclass
@@ -73,25 +97,24 @@ class Stretch:
         """The evidence for a change after each of the next values."""
         sums, ends = self._running(values), len(self.recent) + 1 + np.arange(len(values))[:, None]
         n = self.n + 1 + np.arange(len(values))[:, None]
-        whole = (n, *(old + part[ends] - part[len(self.recent)] for old, part in zip(self._old(), sums, strict=True)))
-        starts = np.maximum(ends - WINDOWS, 0)
-        after = (np.broadcast_to(WINDOWS, starts.shape), *(part[ends] - part[starts] for part in sums))
-        fits = n - WINDOWS >= FEWEST
-        before = (np.maximum(n - WINDOWS, 1), *(a - b for a, b in zip(whole[1:], after[1:], strict=True)))
+        starts, earlier = np.maximum(ends - WINDOWS, 0), np.maximum(n - WINDOWS, 1)
+        whole = [part[ends] for part in sums]
+        after = [now - part[starts] for now, part in zip(whole, sums, strict=True)]
+        before = [now - since for now, since in zip(whole, after, strict=True)]
         with np.errstate(invalid="ignore", divide="ignore"):
-            found = split_evidence(self.kind, before, after) - window_price(
-                np.minimum(*np.broadcast_arrays(before[0], WINDOWS))
-            )
-        return np.where(fits, np.round(found, 9), -np.inf)
+            found = _gain(self.kind, (earlier, *before), (WINDOWS, *after), (n, *whole))
+        found -= _PRICES[np.minimum(earlier, WINDOWS)]
+        return np.where(n - WINDOWS >= FEWEST, np.round(found, 9), -np.inf)
 
-    def _old(self) -> tuple[float, float]:
-        return self.total, self.squares
-
-    def _running(self, values: Floats) -> tuple[Floats, Floats]:
-        """Sums and sums of squares up to each place, of the recent values and the next."""
+    def _running(self, values: Floats) -> list[npt.NDArray[Any]]:
+        """Sums and, of scores, sums of squares since the change at each place of the recent values and the next."""
         both = np.concatenate([[0.0], self.recent, values])
-        total = np.cumsum(both)
-        return total, total if self.kind == "errors" else np.cumsum(both**2)
+        parts: list[tuple[npt.NDArray[Any], float]]
+        if self.kind == "errors":
+            parts = [(np.cumsum(both.astype(np.int64)), int(self.total))]
+        else:
+            parts = [(np.cumsum(both), self.total), (np.cumsum(both**2), self.squares)]
+        return [part + (total - part[len(self.recent)]) for part, total in parts]
 
     def extend(
         self,
