@@ -1,4 +1,4 @@
-"""Recalibration: every method keeps what it promises, the choice does no harm, bad files are named in one line."""
+"""Recalibration: every method keeps what it promises, the choice does no harm in cross-validation, bad files are named in one line."""
 
 import gzip
 import json
