@@ -1,9 +1,12 @@
 """Streams: what a detector remembers is small and JSON, portions do not matter, and false alarms keep their budget."""
 
 import json
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,16 +20,17 @@ pytest.importorskip("frouros")
 from rlhf_workbench.cli import main
 from rlhf_workbench.commands.drift import drift
 from rlhf_workbench.core.errors import InputError
-from rlhf_workbench.core.schema import DriftEvent, Observation, StreamState
+from rlhf_workbench.core.schema import Alert, DriftEvent, Observation, StreamState
 from rlhf_workbench.monitor.accuracy import Score, prequential_errors, score_alarms, simulate_stream
 from rlhf_workbench.monitor.backtest import backtest_stream, scan_values
 from rlhf_workbench.monitor.budget import calibrate_threshold, false_alarm_rate, threshold_for
 from rlhf_workbench.monitor.confirmation import ChangeWatch, Notice, find_changes, second_opinions
 from rlhf_workbench.monitor.detectors import SETTINGS, StreamDetector
 from rlhf_workbench.monitor.likelihood import Stretch, split_evidence
-from rlhf_workbench.monitor.observations import watch_observations
+from rlhf_workbench.monitor.observation_watch import ObservationWatch
+from rlhf_workbench.monitor.observations import ObservedStream, watch_observations
 from rlhf_workbench.monitor.states import freeze, thaw
-from rlhf_workbench.store.tables import connect
+from rlhf_workbench.store.tables import Store, connect
 
 DATA = Path(__file__).parent.parent.parent / "shared/data/drift"
 SLOW = {"BOCD", "KSWIN"}
@@ -416,6 +420,189 @@ def test_new_settings_begin_with_the_next_value() -> None:
         watch_observations(store, "s", budget=1e-5)
         alarms = [e.index for e in store.records(DriftEvent, is_confirmed=True)]
     assert [600 <= i < 640 or 1400 <= i < 1440 for i in alarms] == [True, True]
+
+
+# What is remembered of a stream is kept now and then only
+
+
+def _told(store: Store) -> list[tuple[Any, ...]]:
+    """What the events of a store say, without ids and moments."""
+    return [
+        (e.index, e.detector, e.is_confirmed, e.severity, e.p_value, e.metadata)
+        for e in sorted(store.records(DriftEvent), key=lambda e: (e.index, e.is_confirmed))
+    ]
+
+
+def _in_one_pass(values: np.ndarray, kind: str) -> list[tuple[Any, ...]]:
+    with connect(":memory:") as store:
+        store.append([Observation(stream="s", value=v) for v in values])
+        watch_observations(store, "s", kind=kind)
+        return _told(store)
+
+
+def _moving(kind: str, seed: int) -> np.ndarray:
+    """3,600 values whose level rises, falls, and rises for a moment."""
+    if kind == "errors":
+        return _errors(seed, (0.1, 1300), (0.5, 900), (0.1, 700), (0.8, 120), (0.1, 580))
+    rng = np.random.default_rng(seed)
+    return np.concatenate([rng.normal(m, 1, n) for m, n in ((0, 1300), (1, 900), (-0.5, 700), (2, 120), (0, 580))])
+
+
+@pytest.mark.parametrize("kind", ["errors", "scores"])
+@settings(max_examples=2, deadline=None)
+@given(seed=st.integers(0, 10_000), turns=st.lists(st.sampled_from("aabbxyk"), min_size=12, max_size=30))
+def test_two_watches_that_are_killed_anywhere_say_what_one_pass_says(kind: str, seed: int, turns: list[str]) -> None:
+    """a and b look; x and y are killed and begin again; k ends well and begins again."""
+    values, heard = _moving(kind, seed), []
+    with connect(":memory:") as store:
+        watches = {name: ObservedStream(store, "s", kind=kind) for name in "ab"}
+        for part, turn in zip(np.array_split(values, len(turns)), turns, strict=True):
+            store.append([Observation(stream="s", value=v) for v in part])
+            if turn == "k":
+                watches["a"].keep()
+            if turn in "xyk":
+                watches["b" if turn == "y" else "a"] = ObservedStream(store, "s", kind=kind)
+            else:
+                watches[turn].look(heard.append)
+        for watch in watches.values():
+            watch.look(heard.append)
+            watch.keep()
+        assert _told(store) == _in_one_pass(values, kind)
+        assert len({e.id for e in heard}) == len(heard)
+        assert sorted(e.index for e in heard) == [e.index for e in store.records(DriftEvent, is_confirmed=True)]
+        assert [s.seen for s in store.records(StreamState)] == [len(values)]
+        assert watch_observations(store, "s", kind=kind).new == 0
+        assert store.verify().is_intact
+
+
+@pytest.mark.parametrize(("kind", "most"), [("errors", 3_000), ("scores", 45_000)])
+def test_a_silent_stream_is_written_down_once_in_a_thousand_values(kind: str, most: int) -> None:
+    n = 3000
+    values = _errors(3, (0.1, n)) if kind == "errors" else np.random.default_rng(0).normal(size=n)
+    with connect(":memory:") as store:
+        watch = ObservationWatch(store)
+        for part in np.array_split(values, 100):
+            store.append([Observation(stream="s", value=v) for v in part])
+            watch.look()
+        assert not store.records(DriftEvent)
+        assert store.counts()["stream_state"] in (n // 1000 - 1, n // 1000)
+        watch.stop()
+        kept = store.sql("SELECT seen, length(state::VARCHAR) AS size FROM stream_state ORDER BY audit_seq")
+        assert kept["size"].sum() <= (n // 1000 + 1) * most
+        assert kept["seen"].iloc[-1] == n
+        assert [s.seen for s in store.records(StreamState)] == [n], "the newest one is the current one"
+
+
+def test_an_alarm_and_its_alert_happen_together_or_not_at_all() -> None:
+    values, failures = _errors(0, (0.1, 600), (0.5, 400)), [OSError("disk full")]
+
+    def hear(event: DriftEvent) -> None:
+        store.append(Alert(severity="warning", title="changed", source_id=event.id))
+        if failures:
+            raise failures.pop()
+
+    with connect(":memory:") as store:
+        store.append([Observation(stream="s", value=v) for v in values[:500]])
+        watch = ObservationWatch(store, hear=hear)
+        assert watch.look() == 500
+        store.append([Observation(stream="s", value=v) for v in values[500:-1]])
+        assert watch.look() == 0, "logged, and taken back"
+        assert "alert" not in store.counts()
+        assert "drift_event" not in store.counts()
+        store.append(Observation(stream="s", value=values[-1]))
+        watch.look()
+        assert [a.source_id for a in store.records(Alert)] == [
+            e.id for e in store.sql("SELECT id FROM drift_event WHERE is_confirmed AND replaces IS NULL").itertuples()
+        ]
+        assert len(store.records(Alert)) == 1
+        assert _told(store) == _in_one_pass(values, "errors")
+
+
+def test_a_look_that_failed_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = _errors(0, (0.1, 600), (0.5, 400))
+    with connect(":memory:") as store:
+        watch = ObservedStream(store, "s")
+        for start, end in ((0, 550), (550, 800), (800, 1000)):
+            store.append([Observation(stream="s", value=v) for v in values[start:end]])
+            with monkeypatch.context() as broken:
+                broken.setattr(ChangeWatch, "take", lambda self, values: 1 / 0)
+                with pytest.raises(ZeroDivisionError):
+                    watch.look()
+            assert watch.look().seen == end
+        assert _told(store) == _in_one_pass(values, "errors")
+
+
+def test_who_stops_late_does_not_put_an_older_memory_over_a_newer_one() -> None:
+    values = _errors(0, (0.1, 600), (0.5, 400))
+    with connect(":memory:") as store:
+        late, other = ObservedStream(store, "s"), ObservedStream(store, "s")
+        store.append([Observation(stream="s", value=v) for v in values[:500]])
+        assert late.look().seen == 500
+        store.append([Observation(stream="s", value=v) for v in values[500:]])
+        assert other.look().events
+        late.keep()
+        assert [s.seen for s in store.records(StreamState)] == [1000]
+        watch_observations(store, "s")
+        assert _told(store) == _in_one_pass(values, "errors")
+
+
+def test_a_stream_that_was_forgotten_is_taken_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_workbench.monitor.observation_watch._MOST_STREAMS", 1)
+    values = _errors(0, (0.1, 600), (0.5, 400))
+    with connect(":memory:") as store:
+        watch = ObservationWatch(store)
+        for part in np.array_split(values, 12):
+            store.append([Observation(stream=name, value=v) for v in part for name in ("s", "t")])
+            watch.look()
+        expected = [row[0] for row in _in_one_pass(values, "errors")]
+        for stream in ("s", "t"):
+            assert [e.index for e in store.records(DriftEvent, stream=stream)] == expected
+
+
+_SERVE = """
+import sys, time
+from rlhf_workbench.govern.alerts import raise_alert
+from rlhf_workbench.monitor.observation_watch import ObservationWatch
+from rlhf_workbench.store.tables import connect
+with connect(sys.argv[1]) as store:
+    ObservationWatch(store, hear=lambda e: raise_alert(store, "warning", "changed", source_id=e.id)).start()
+    print("started", flush=True)
+    time.sleep(100)
+"""
+
+
+@pytest.mark.server
+def test_two_services_of_which_one_is_killed_again_and_again_raise_each_alert_once(tmp_path: Path) -> None:
+    path, values, draw = tmp_path / "s.duckdb", _errors(5, (0.1, 800), (0.5, 600), (0.1, 600)), random.Random(3)
+
+    def start() -> "subprocess.Popen[str]":
+        service = subprocess.Popen([sys.executable, "-c", _SERVE, str(path)], stdout=-1, text=True)
+        assert service.stdout
+        assert service.stdout.readline() == "started\n"
+        return service
+
+    with connect(path) as store:
+        services = [start(), start()]
+        try:
+            for i, part in enumerate(np.array_split(values, 100)):
+                store.append([Observation(stream="s", value=v) for v in part])
+                time.sleep(draw.uniform(0, 0.06))
+                if i % 20 == 19:
+                    place = draw.randrange(2)
+                    services[place].kill()
+                    services[place].communicate()
+                    services[place] = start()
+            time.sleep(1)
+        finally:
+            for service in services:
+                service.kill()
+                service.communicate()
+        watch_observations(store, "s")
+        assert _told(store) == _in_one_pass(values, "errors")
+        alarms = store.sql("SELECT id FROM drift_event WHERE is_confirmed AND replaces IS NULL ORDER BY id")["id"]
+        assert len(alarms) >= 2
+        assert [a.source_id for a in store.records(Alert)] == alarms.tolist()
+        assert store.verify().is_intact
 
 
 # A classifier that goes on learning
