@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from tqdm.auto import tqdm
 
 from ..core.errors import InputError
 from .budget import calibrate_threshold, false_alarm_rate, threshold_for
@@ -100,6 +101,7 @@ def effect_size(
 _SHARE = 5  # an alarm takes this part of the budget
 _BLOCK = 1024  # values that are looked at together: what is computed for them fits into the cache
 _PORTION = 50 * _BLOCK
+_STEP = 250_000  # values between two steps of the progress bar
 _MOVING = 3.0  # nats that say that the level still moves
 _HOLD = 200, 500  # values that a level must hold for, at least and at most
 
@@ -341,7 +343,12 @@ def find_changes(
     stream = np.asarray(values, dtype=np.float64)
     if len(stream) < min_values:
         raise InputError(f"not enough data: {len(stream)} values, needs {min_values}; this does not mean no drift")
-    notices = (watch or ChangeWatch()).take(stream)
+    watch = watch or ChangeWatch()
+    checked, notices = watch._checked(stream), []
+    with tqdm(total=len(stream), desc="looking for changes", unit_scale=True, disable=None, leave=False) as bar:
+        for portion in np.split(checked, range(_STEP, len(checked), _STEP)):
+            notices += watch.take(portion)
+            bar.update(len(portion))
     found = {notice.change.index: notice.change for notice in notices if notice.event != "warning"}
     alarms = list(found.values())
     warnings = [n.change for n in notices if n.event == "warning"]

@@ -125,13 +125,12 @@ class StreamDetector:
         **settings: Any,  # in place of ours
     ):
         self.name, self.seed, self.settings, self.seen = name, seed, settings, 0
-        self._step = {"BOCD": self._step_bounded, "KSWIN": self._step_seeded}.get(name, self._step_plain)
-        if name in _NOISY:
-            self._step = self._step_noisy
         self._start()
 
     def _start(self) -> None:
         self._running = make_detector(self.name, **self.settings)
+        careful = {"BOCD": self._step_bounded, "KSWIN": self._step_seeded} | dict.fromkeys(_NOISY, self._step_noisy)
+        self._step = careful.get(self.name, self._running.update)
         self._first: float | None = None  # value since the last alarm
         self._is_varied = False
         self._since: list[float] = []  # only of BOCD
@@ -155,9 +154,6 @@ class StreamDetector:
             self._start()
             return True
         return False
-
-    def _step_plain(self, value: float) -> None:
-        self._running.update(value=value)
 
     def _step_noisy(self, value: float) -> None:
         self._running.drift = False  # ADWIN never takes an alarm back itself

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from ..core import errors
@@ -125,7 +126,7 @@ def run_job(
     out: Path = Path("runs"),  # a folder for this run is made inside
 ) -> Path:  # the executed notebook; its HTML lies beside it
     """Run a job through papermill and keep the executed copy."""
-    with needs_extra("jobs"):
+    with needs_extra("jobs"), _without_addresses():
         import papermill
         from papermill.exceptions import PapermillExecutionError
     target = _new_folder(out, job.name) / f"{job.name}.ipynb"
@@ -148,6 +149,20 @@ def run_job(
             raise kind(f"{error.evalue} ({where})") from error
     write_html(target)
     return target
+
+
+@contextmanager
+def _without_addresses() -> Iterator[None]:
+    """While jsonschema is imported: without its grammar of international addresses, which takes seconds to build."""
+    name = "rfc3987_syntax"
+    if name in sys.modules or "jsonschema" in sys.modules:
+        yield
+        return
+    sys.modules[name] = ModuleType(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 @contextmanager
@@ -197,7 +212,7 @@ def write_html(
     notebook: Path,
 ) -> Path:  # beside the notebook
     """The notebook as one page without code and without anything from elsewhere: what a reader of the report wants."""
-    with needs_extra("jobs"):
+    with needs_extra("jobs"), _without_addresses():
         from nbconvert import HTMLExporter
     exporter = HTMLExporter(template_name="basic", exclude_input=True, exclude_output_prompt=True, exclude_raw=True)
     body, _ = exporter.from_filename(str(notebook))
