@@ -1,4 +1,4 @@
-"""Recalibration: every method keeps what it promises, the choice does no harm, bad files are named in one line."""
+"""Recalibration: every method keeps what it promises, the choice does no harm in cross-validation, bad files are named in one line."""
 
 import gzip
 import json
@@ -133,6 +133,26 @@ def test_the_choice_does_no_harm_to_a_calibrated_model(k: int) -> None:
         learnt = learn_calibration(probs[:400], labels[:400])
         worse += nll(apply_calibration(probs[400:], learnt), labels[400:]) > nll(probs[400:], labels[400:])
     assert worse <= 1
+
+
+@settings(max_examples=15)
+@given(
+    n=st.integers(20, 120),
+    k=st.sampled_from([2, 3]),
+    sharpness=st.floats(0.3, 4),
+    least=st.floats(0, 5),
+    seed=st.integers(0, 10_000),
+)
+def test_what_is_chosen_is_never_worse_than_nothing_in_cross_validation(
+    n: int, k: int, sharpness: float, least: float, seed: int
+) -> None:
+    """This much is certain; of rows that nobody has seen nothing is."""
+    probs, labels = too_sure(n, k, sharpness, seed)
+    judged = cross_validate(probs, labels, pairs=k == 2, seed=seed)
+    method, way = choose_method(judged, least=least)
+    losses = {(row.method, row.reduction): row.nll for row in judged.itertuples()}
+    assert losses[method, way] <= losses["none", None]
+    assert method == "none" or losses[method, way] == min(losses.values())
 
 
 def test_the_choice_is_the_best_by_cross_validation_and_looks_at_nothing_else() -> None:

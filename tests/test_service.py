@@ -1,5 +1,7 @@
 """`rlhfw serve` as a program: link, sign-in, API, events, metrics, and every way to end."""
 
+import asyncio
+import gc
 import json
 import os
 import signal
@@ -12,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,13 +23,14 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
 pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
 
+import uvicorn
 from click.testing import CliRunner
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from rlhf_workbench.commands.serve import Place, check_place, is_here, project_names, serve
+from rlhf_workbench.commands.serve import Place, _listening, check_place, is_here, project_names, serve
 from rlhf_workbench.core.errors import InputError, MissingError
 from rlhf_workbench.core.schema import (
     Delivery,
@@ -41,6 +45,8 @@ from rlhf_workbench.core.schema import (
     utc_now,
 )
 from rlhf_workbench.govern.access import make_token
+from rlhf_workbench.serve import limits
+from rlhf_workbench.serve.running import Server, listen
 from rlhf_workbench.store.tables import connect
 
 pytestmark = pytest.mark.server
@@ -186,6 +192,32 @@ def test_a_remote_client_killed_in_a_transaction_keeps_nobody_waiting(tmp_path: 
             store.append(Prompt(text="whole"))
             assert [p.text for p in store.records(Prompt)] == ["whole"]
         assert time.monotonic() - begin < 25  # less than the silence after which any transaction is given up
+
+
+def test_behind_a_proxy_a_lost_line_is_no_lost_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(limits, "patient_protocol", lambda header_s, is_direct: told.append(is_direct))
+    for is_behind in (False, True):
+        config = _listening(None, SimpleNamespace(limits=limits.Limits()), Place(is_behind_proxy=is_behind))
+        assert config.timeout_keep_alive > 30, "a transaction may be silent for half a minute"
+    assert told == [True, False]
+
+
+def test_libraries_are_left_out_of_collections_while_it_serves() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        """Is not asked."""
+
+    async def hang_up() -> None:
+        """No lines are open."""
+
+    def ready() -> None:
+        frozen.append(gc.get_freeze_count())
+        server.should_exit = True
+
+    frozen: list[int] = []
+    server = Server(uvicorn.Config(app, lifespan="off", log_config=None), SimpleNamespace(hang_up=hang_up), ready)
+    asyncio.run(server.serve(sockets=[listen("127.0.0.1", 0)]))
+    assert [n > 10_000 for n in (*frozen, gc.get_freeze_count())] == [True, False]
 
 
 @pytest.mark.slow
@@ -336,7 +368,7 @@ def test_the_command_says_what_it_takes() -> None:
 
 
 @pytest.mark.slow
-def test_from_an_event_to_an_action_in_less_than_a_second(tmp_path: Path) -> None:
+def test_an_event_is_acted_upon_by_itself_and_once(tmp_path: Path) -> None:
     """A paused queue, an alert in the log, and nothing twice after the service was started again."""
     rules = tmp_path / "rules.yaml"
     rules.write_text(
@@ -345,16 +377,12 @@ def test_from_an_event_to_an_action_in_less_than_a_second(tmp_path: Path) -> Non
     path = tmp_path / "s.duckdb"
     with connect(path) as store:
         store.append(QueueItem(queue="q", comparison_id="c"))
-    took: list[float] = []
     for _ in range(2):
         with served(path, options=("--rules", str(rules))), connect(path) as store:
-            begin = time.monotonic()
             store.append(DriftEvent(stream="eve", detector="DDM", index=1, is_confirmed=True))
             until(lambda store=store: store.records(QueueState, status="paused"))
-            took.append(time.monotonic() - begin)
             until(lambda store=store: store.records(Delivery, webhook_id="channel.log", status="delivered"))
             assert len(store.records(Firing)) == len(store.records(QueueState)) == len(store.records(Delivery)) == 1
-    assert took[0] < 5.0, "a free processor needs some 0.1 s, a busy one more than the second that is promised"
 
 
 def test_rules_with_a_mistake_are_told_before_anything_is_served(tmp_path: Path) -> None:

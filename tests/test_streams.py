@@ -19,7 +19,7 @@ pytest.importorskip("frouros")
 
 from rlhf_workbench.cli import main
 from rlhf_workbench.commands.drift import drift
-from rlhf_workbench.core.errors import InputError
+from rlhf_workbench.core.errors import InputError, StateError
 from rlhf_workbench.core.schema import Alert, DriftEvent, Observation, StreamState
 from rlhf_workbench.monitor.accuracy import Score, prequential_errors, score_alarms, simulate_stream
 from rlhf_workbench.monitor.backtest import backtest_stream, scan_values
@@ -30,6 +30,7 @@ from rlhf_workbench.monitor.likelihood import Stretch, split_evidence
 from rlhf_workbench.monitor.observation_watch import ObservationWatch
 from rlhf_workbench.monitor.observations import ObservedStream, watch_observations
 from rlhf_workbench.monitor.states import freeze, thaw
+from rlhf_workbench.monitor.strictness import DIALS, allowed_alarms, calibrate_detector, quiet_stream, simulated_values
 from rlhf_workbench.store.tables import Store, connect
 
 DATA = Path(__file__).parent.parent.parent / "shared/data/drift"
@@ -265,11 +266,10 @@ def test_what_cannot_be_watched_is_refused() -> None:
 
 def test_backtest_says_how_often_each_setting_would_have_fired() -> None:
     stream = simulate_stream("abrupt", 3).errors
-    table = backtest_stream(stream, [{}, {"budget": 1e-6}, {"detector": "HDDM-A"}], quiet=2500)
+    table = backtest_stream(stream, [{}, {"budget": 1e-6}, {"detector": "CUSUM"}], quiet=2500)
     assert table["fired"].tolist() == [len(places) for places in table["fired_at"]]
-    assert table["expected_false"].tolist()[:2] == pytest.approx([0.2, 0.002])
-    assert np.isnan(table["expected_false"].tolist()[2])
-    single = StreamDetector("HDDM-A")
+    assert table["expected_false"].tolist() == pytest.approx([0.2, 0.002, 1.0])
+    single = StreamDetector("CUSUM", **scan_values(stream, "CUSUM").settings)
     assert table["fired_at"][2] == [i for i, v in enumerate(stream) if single.update(v)]
 
 
@@ -361,6 +361,117 @@ def test_two_tables_are_compared(tmp_path: Path) -> None:
     old.assign(length=old["length"] + 1).to_csv(tmp_path / "new.csv", index=False)
     facts = _said(str(tmp_path / "new.csv"), "--reference", str(tmp_path / "old.csv"))
     assert facts["drifted"] == ["length"]
+
+
+# Single detectors keep a budget
+
+
+@pytest.mark.parametrize(("name", "rate"), [("CUSUM", 0.05), ("GMA", 0.2), ("HDDM-A", 0.2)])
+def test_a_calibrated_detector_keeps_the_budget_on_quiet_streams(name: str, rate: float) -> None:
+    """At one in 1,000, with three references: 24 alarms in 24,000 values are allowed."""
+    n = 0
+    for seed in range(3):
+        settings = calibrate_detector(name, _errors(seed, (rate, 500)), 1e-3, length=1000, seed=seed)
+        for other in range(8):
+            detector = StreamDetector(name, **settings)
+            n += sum(detector.update(v) for v in _errors(1000 + 10 * seed + other, (rate, 1000)))
+    assert n <= 24
+
+
+def test_a_calibrated_detector_keeps_the_budget_where_errors_come_in_bursts() -> None:
+    def bursts(seed: int, n: int) -> np.ndarray:
+        return np.repeat(_errors(seed, (0.1, n // 5)), 5)
+
+    n = {"calibrated": 0, "as if one by one": 0}
+    for seed in range(2):
+        reference = bursts(seed, 1500)
+        mixed = np.random.default_rng(seed).permutation(reference)
+        for label, values in zip(n, (reference, mixed), strict=True):
+            settings = calibrate_detector("CUSUM", values, 1e-3, length=1000, seed=seed)
+            detector = StreamDetector("CUSUM", **settings)
+            n[label] += sum(detector.update(v) for v in bursts(100 + seed, 5000))
+    assert n["calibrated"] <= 10 < n["as if one by one"], "the budget allows 10"
+
+
+@pytest.mark.parametrize("name", ["CUSUM", "HDDM-A", "STEPD"])
+def test_a_clear_step_is_found_at_one_in_ten_thousand(name: str) -> None:
+    errors = _errors(3, (0.1, 1500), (0.5, 300))
+    found = scan_values(errors, name)
+    assert [1500 <= a.index < 1600 for a in found.alarms] == [True]
+    assert found.alarms[0].direction == "rise"
+    assert found.expected_false == pytest.approx(0.18)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1000, 300_000), st.floats(1e-5, 1e-2))
+def test_the_allowed_alarms_are_those_of_the_exact_poisson_bound(n: int, budget: float) -> None:
+    from scipy.stats import poisson
+
+    allowed = allowed_alarms(n, budget)
+    assert poisson.cdf(allowed + 1, n * budget) > 0.05
+    assert allowed < 0 or poisson.cdf(allowed, n * budget) <= 0.05 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", DIALS)
+def test_the_rungs_of_a_dial_go_from_loose_to_strict(name: str) -> None:
+    dial, rungs = DIALS[name]
+    stream = quiet_stream(_errors(0, (0.2, 400)), 600, np.random.default_rng(1)).tolist()
+    counts = []
+    for rung in (rungs[0], rungs[len(rungs) // 3], rungs[-1]):
+        detector = StreamDetector(name, **{dial: rung})
+        counts.append(sum(detector.update(value) for value in stream))
+    assert counts == sorted(counts, reverse=True)
+    assert list(rungs) == sorted(rungs, reverse=rungs[0] > rungs[-1])
+
+
+def test_the_command_says_which_settings_keep_the_budget(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, wrong=_errors(0, (0.1, 900), (0.5, 200)))
+    strict, loose = (
+        _said(str(path), "--error", "wrong", "--detector", "CUSUM", "--budget", b) for b in ("1e-4", "1e-2")
+    )
+    assert strict["settings"]["lambda_"] > loose["settings"]["lambda_"]
+    assert (strict["expected_false_alarms"], loose["expected_false_alarms"]) == pytest.approx((0.11, 11))
+    assert "drawn from the first 500 values" in strict["notes"][0]
+    rows = _said(str(path), "--error", "wrong", "--detector", "CUSUM", "--reference-rows", "900")
+    assert "the first 900 values" in rows["notes"][0]
+    other = _said(str(path), "--error", "wrong", "--detector", "CUSUM", "--reference", str(path))
+    assert "the 1100 values of the reference" in other["notes"][0]
+    for words in (["--detector", "ECDD-WT"], ["--detector", "CUSUM", "--reference-rows", "0"]):
+        none = _said(str(path), "--error", "wrong", *words)
+        assert (none["settings"], none["expected_false_alarms"]) == ({}, None)
+        assert "no budget is promised" in none["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--budget", "1e-6"], "needs 2,995,733 simulated values, and at most 300,000 are run; take the detector auto"),
+        (["--budget", "0.5"], "1e-4 is one in 10,000"),
+        (["--reference-rows", "150"], "the reference has 150 values, needs 200; widen"),
+    ],
+)
+def test_a_budget_that_cannot_be_kept_is_refused(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    np.savez(tmp_path / "x.npz", wrong=_errors(0, (0.1, 900)))
+    assert main(["drift", str(tmp_path / "x.npz"), "--error", "wrong", "--detector", "CUSUM", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_what_teaches_nothing_promises_nothing() -> None:
+    quiet = np.zeros(600)
+    assert "all of them are 0" in scan_values(quiet, "CUSUM").notes[0]
+    assert "100 values are too few" in scan_values(_errors(0, (0.1, 100)), "CUSUM").notes[0]
+    with pytest.raises(InputError, match="all 300 values of the reference are 0"):
+        scan_values(quiet, "CUSUM", reference=300)
+    rare = _errors(0, (0.02, 1000))
+    with pytest.raises(StateError, match="DDM fires more often"):
+        calibrate_detector("DDM", rare, 1e-4)
+    found = scan_values(rare, "DDM")
+    assert (found.expected_false, found.settings) == (None, {})
+    assert "no budget is promised for DDM, which keeps its settings: DDM fires more often" in found.notes[0]
+    assert simulated_values(1e-2) == 20_000
 
 
 # The store

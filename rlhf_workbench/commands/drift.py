@@ -40,12 +40,13 @@ def _watch(path: Path, column: str, options: dict[str, Any]) -> tuple[dict[str, 
         "n": len(stream.values),
         "kind": found.kind,
         **settings,
+        "settings": found.settings,
         "threshold": found.threshold,
         "expected_false_alarms": found.expected_false,
         "alarms": [_alarm(change, stream, found.kind) for change in found.alarms],
         "warnings": [_alarm(change, stream, found.kind) for change in found.warnings],
         "missing": stream.n_missing,
-        "notes": [_CONSTANT] if is_constant else [],
+        "notes": [*found.notes, *([_CONSTANT] if is_constant else [])],
         "seconds": round(time.perf_counter() - begin, 3),
     }
     return facts, _in_words(facts)
@@ -71,7 +72,8 @@ def _in_words(facts: dict[str, Any]) -> str:
             f"row {a['index']}: {what} since row {a['start']}, {a['before']:.3g} → {a['after']:.3g}{sure} ({who}){end}"
         )
     expected = facts["expected_false_alarms"]
-    promise = "" if expected is None else f", {expected:.2g} false ones expected"
+    most = "" if facts["detector"] == "auto" else "at most "
+    promise = "" if expected is None else f", {most}{expected:.2g} false ones expected"
     lines.append(f"{len(facts['alarms'])} alarms in {facts['n']} values{promise}; {facts['seconds']} s")
     return "\n".join([*lines, *facts["notes"]])
 

@@ -136,7 +136,8 @@ def _listening(app: Any, service: Any, place: Place) -> Any:
 
     return uvicorn.Config(
         app,
-        http=patient_protocol(service.limits.header_s),
+        http=patient_protocol(service.limits.header_s, is_direct=not place.is_behind_proxy),
+        timeout_keep_alive=35,  # longer than a client's transaction may be silent
         log_config=None,
         access_log=False,  # it would show the link's secret
         server_header=False,

@@ -10,20 +10,24 @@ __all__ = ['AUTO', 'Scan', 'scan_values', 'backtest_stream']
 # %% ../../nbs/monitor/26_backtest.ipynb #de2fa815
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from ..core.errors import InputError
+from ..core.errors import InputError, StateError
+from .budget import threshold_for
 from .confirmation import Change, ChangeWatch, find_changes, kind_of_stream
 from .detectors import StreamDetector
 from .likelihood import FEWEST, Floats, Kind, Stretch
+from .strictness import DIALS, FEWEST_QUIET, calibrate_detector
 
 # %% ../../nbs/monitor/26_backtest.ipynb #495ffe78
 AUTO = "auto"
+_USUAL = 500  # first values that are the quiet period
+_LENGTHS = 500, 5000  # values of a simulated stream, at least and at most
 
 
 @dataclass(frozen=True)
@@ -33,27 +37,29 @@ class Scan:
     alarms: list[Change]
     warnings: list[Change]
     kind: Kind
-    expected_false: float | None  # alarms, if nothing changed; None: not known
+    expected_false: float | None  # alarms, if nothing changed, of a single detector at most; None: not known
     threshold: float | None  # nats; None: of a single detector
+    settings: dict[str, Any] = field(default_factory=dict)  # of a single detector, in place of the usual ones
+    notes: tuple[str, ...] = ()  # what the budget rests on, or why none is promised
 
 
 def scan_values(
     values: npt.ArrayLike,  # n, in order
     detector: str = AUTO,  # or a name that `StreamDetector` takes
     *,
-    budget: float = 1e-4,  # false alarms a value; of `auto` only
+    budget: float = 1e-4,  # false alarms a value
     k: int = 2,  # signals that must agree; of `auto` only
     reference: int
     | npt.ArrayLike
-    | None = None,  # first values that are the quiet period, or its values; None: 500 of scores, none of errors
+    | None = None,  # first values that are the quiet period, or its values; None: 500 of scores and of single detectors, none of errors
     seed: int = 0,
 ) -> Scan:
     """All alarms on a finished stream; raises `InputError` on too few values and on what cannot be watched."""
     stream = np.asarray(values, dtype=np.float64)
     kind = kind_of_stream(stream)
     if detector != AUTO:
-        return _scan_single(stream, detector, kind, seed)
-    usual = 500 if kind == "scores" else 0
+        return _scan_single(stream, detector, kind, budget, reference, seed)
+    usual = _USUAL if kind == "scores" else 0
     count = usual if reference is None else reference if isinstance(reference, int) else 0
     if len(stream) <= count:
         raise InputError(
@@ -66,20 +72,54 @@ def scan_values(
     return Scan(alarms, warnings, kind, len(stream) * watch.alarm_rate, watch.threshold)
 
 
-def _scan_single(stream: Floats, name: str, kind: Kind, seed: int) -> Scan:
+def _scan_single(
+    stream: Floats, name: str, kind: Kind, budget: float, reference: int | npt.ArrayLike | None, seed: int
+) -> Scan:
     """The alarms of one streaming detector."""
+    threshold_for(budget)  # refuses what is no budget
     if len(stream) < 60:
         raise InputError(f"not enough data: {len(stream)} values, needs 60; this does not mean no drift")
-    bad = ~((stream >= 0) & (stream <= 1))
-    if bad.any():
-        place = int(np.argmax(bad))
-        raise InputError(f"value {place} is {stream[place]}, {name} needs values from 0 to 1; scale them, or take auto")
-    detector, alarms, begin = StreamDetector(name, seed=seed), [], 0
+    _require_fractions(stream, name)
+    settings, note = _strictness(stream, name, budget, reference, seed)
+    detector, alarms, begin = StreamDetector(name, seed=seed, **settings), [], 0
     for place, value in enumerate(stream.tolist()):
         if detector.update(value):
             alarms.append(_described(stream, begin, place, name, kind))
             begin = place + 1
-    return Scan(alarms, [], kind, None, None)
+    return Scan(alarms, [], kind, len(stream) * budget if settings else None, None, settings, (note,))
+
+
+def _require_fractions(values: Floats, name: str) -> None:
+    """Refuse what a single detector cannot watch."""
+    bad = ~((values >= 0) & (values <= 1))
+    if bad.any():
+        place = int(np.argmax(bad))
+        raise InputError(f"value {place} is {values[place]}, {name} needs values from 0 to 1; scale them, or take auto")
+
+
+def _strictness(
+    stream: Floats, name: str, budget: float, reference: int | npt.ArrayLike | None, seed: int
+) -> tuple[dict[str, Any], str]:
+    """Settings that keep the budget and what that rests on; or none, and why nothing is promised."""
+    kept = f"no budget is promised for {name}, which keeps its settings"
+    if name not in DIALS:
+        return {}, f"{kept}: it has no dial that could be turned; auto keeps the budget"
+    count = _USUAL if reference is None else reference if isinstance(reference, int) else None
+    if count == 0:
+        return {}, f"{kept}: there is no reference to learn from; give --reference-rows or --reference"
+    quiet = np.asarray(reference, dtype=np.float64) if count is None else stream[:count]
+    if reference is None and (len(quiet) < FEWEST_QUIET or (quiet == quiet[0]).all()):
+        what = f"{len(quiet)} values are too few" if len(quiet) < FEWEST_QUIET else f"all of them are {quiet[0]:g}"
+        return {}, f"{kept}: of the first {len(quiet)} values nothing can be learnt, {what}; give --reference"
+    _require_fractions(quiet, name)
+    length = int(np.clip(len(stream), *_LENGTHS))
+    try:
+        settings = calibrate_detector(name, quiet, budget, length=length, seed=seed)
+    except StateError as error:
+        return {}, f"{kept}: {error}"
+    ((dial, value),) = settings.items()
+    where = f"the {len(quiet)} values of the reference" if count is None else f"the first {len(quiet)} values"
+    return settings, f"{dial} {value:g} keeps the budget on streams drawn from {where}"
 
 
 def _described(stream: Floats, begin: int, place: int, name: str, kind: Kind) -> Change:

@@ -84,9 +84,12 @@ def _losses(probs: Floats, labels: Ints) -> Floats:
 def choose_method(
     judged: pd.DataFrame,  # from cross_validate
     *,
-    least: float = 2.0,  # standard errors that the gain over doing nothing must have
+    least: float = 2.0,  # standard errors that the gain over doing nothing must have; more: safer and less gain
 ) -> tuple[Method, Any]:  # the method and its reduction
-    """The method with the smallest cross-validated log-likelihood, or none when nothing is surely gained."""
+    """The method with the smallest cross-validated log-likelihood, or none when nothing is surely gained.
+
+    In cross-validation the choice is never worse than none; on rows that nobody has seen this is likely, not certain.
+    """
     best = judged.iloc[0]
     is_gain = best["method"] == "none" or best["gain"] > least * best["gain_se"]
     return (best["method"], best["reduction"]) if is_gain else ("none", None)

@@ -8,6 +8,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/monitor/detectors.html.md"""
 __all__ = ['SETTINGS', 'PANEL', 'FRACTIONS_PANEL', 'make_detector', 'StreamDetector', 'Alarm', 'StreamWatch', 'scan_stream']
 
 # %% ../../nbs/monitor/02_detectors.ipynb #07930c39
+import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -68,7 +69,18 @@ def make_detector(
             return _Adopted(name)
         known = ", ".join(dict.fromkeys([*SETTINGS, *plugins]))
         raise MissingError(f"there is no detector {name!r}; known: {known}, or a class of Frouros")
-    return getattr(concept_drift, kind)(config=_config(concept_drift, kind, ours | settings))
+    detector = getattr(concept_drift, kind)(config=_config(concept_drift, kind, ours | settings))
+    if kind == "STEPD":
+        detector._distribution = _NormalTail
+    return detector
+
+
+class _NormalTail:
+    """The normal distribution of STEPD, written out: SciPy's takes a tenth of a millisecond a value."""
+
+    @staticmethod
+    def sf(z: float) -> float:
+        return math.erfc(z / math.sqrt(2)) / 2
 
 
 @cache

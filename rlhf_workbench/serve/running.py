@@ -10,6 +10,7 @@ __all__ = ['report_change', 'Parts', 'add_parts', 'listen', 'Server']
 # %% ../../nbs/serve/47_running.ipynb #7ac5256f
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import threading
@@ -148,12 +149,15 @@ class Server(uvicorn.Server):
         """Begin, and say so."""
         await super().startup(sockets)
         if self.started:
+            gc.collect()
+            gc.freeze()  # the libraries stay: looking at them again would stop every answer for a quarter of a second
             self._when_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Hang up the open lines, then end the rest."""
         await self._parts.hang_up()
         await super().shutdown(sockets)
+        gc.unfreeze()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
