@@ -345,7 +345,8 @@ def find_changes(
         raise InputError(f"not enough data: {len(stream)} values, needs {min_values}; this does not mean no drift")
     watch = watch or ChangeWatch()
     checked, notices = watch._checked(stream), []
-    with tqdm(total=len(stream), desc="looking for changes", unit_scale=True, disable=None, leave=False) as bar:
+    is_short = len(stream) <= _STEP or None  # None: shown where somebody looks
+    with tqdm(total=len(stream), desc="looking for changes", unit_scale=True, disable=is_short, leave=False) as bar:
         for portion in np.split(checked, range(_STEP, len(checked), _STEP)):
             notices += watch.take(portion)
             bar.update(len(portion))
