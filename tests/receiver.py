@@ -1,5 +1,6 @@
 """A webhook receiver on loopback that checks every message with the specification's own library, and misbehaves on request."""
 
+import secrets
 import socket
 import ssl
 import struct
@@ -38,6 +39,7 @@ class Message:
 class Receiver:
     """Answers by a plan: status numbers, or words for what goes wrong; then 204."""
 
+    path: str = field(default_factory=lambda: f"/hook/{secrets.token_hex(8)}")  # ports are used again, paths are not
     secret: str = ""  # empty: signatures are not checked
     plan: list[Any] = field(default_factory=list)
     context: ssl.SSLContext | None = None
@@ -78,7 +80,7 @@ class Receiver:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}/hook"
+        return f"http://127.0.0.1:{self.port}{self.path}"
 
     def wait_for(self, condition: Callable[[list[Message]], bool], timeout_s: float = 60.0) -> None:
         """Until the messages fulfil a condition; the time is a guard, not a measurement."""
@@ -88,6 +90,9 @@ class Receiver:
     def _take(self, handler: BaseHTTPRequestHandler) -> None:
         """Check a message, keep it, answer it."""
         body = handler.rfile.read(int(handler.headers.get("Content-Length", "0")))
+        if handler.path != self.path:  # meant for one who had this port before
+            handler.send_error(410)
+            return
         headers = {name.lower(): value for name, value in handler.headers.items()}
         try:
             payload = Webhook(self.secret).verify(body, headers) if self.secret else {}

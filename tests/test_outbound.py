@@ -281,7 +281,7 @@ def test_the_certificate_is_checked_against_the_name_although_the_address_is_pin
     with Receiver(context=server) as receiver:
 
         def send(host: str, context: ssl.SSLContext | None = client) -> str:
-            url = f"https://{host}:{receiver.port}/hook"
+            url = f"https://{host}:{receiver.port}{receiver.path}"
             headers = {"content-type": "application/json"}
             return str(
                 post(url, b"{}", headers, rules=LOOPBACK, resolve=lambda *_: ["127.0.0.1"], context=context).error

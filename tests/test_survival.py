@@ -124,7 +124,10 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path: Path) -> None:
 
 def as_nobody(code: str) -> subprocess.CompletedProcess[str]:
     """Run Python as a user who owns nothing, not even the interpreter: so all is imported before."""
-    program = "import os\nfrom rlhf_workbench.store.tables import connect\nconnect(':memory:').close()\n"
+    program = (
+        "import os\nfrom rlhf_workbench.core.schema import Prompt\nfrom rlhf_workbench.store.tables import connect\n"
+    )
+    program += "with connect(':memory:') as store:\n    store.append(Prompt(text='x'))\n    store.verify()\n"
     program += "os.setgroups([])\nos.setgid(65534)\nos.setuid(65534)\n" + code
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
 
