@@ -114,6 +114,11 @@ def test_what_would_have_fired_and_what_is_behind_it(page: Page, link: str) -> N
     end = int(shown.split(" to ")[1].split(" of ")[0].replace(",", ""))
     assert begin < CHANGE < end < CHANGE + 2000  # the stretch around the change
     assert f"{ATTACK} question" in shown  # what people ask since then
+    seen = page.ask(
+        "Bokeh.documents.flatMap(d => [...d._all_models.values()]).map(m => m.x_range).filter(Boolean)"
+        ".map(x => [x.start, x.end])"
+    )
+    assert [2 * begin - end, 2 * end - begin] in seen, seen  # the line shows as much again on both sides
     assert page.complaints() == []
 
 
@@ -128,9 +133,20 @@ def test_points_that_are_chosen_show_their_rows(page: Page, link: str) -> None:
     opened(page, link)
     drag(page, 3, (0.97, 0.95), (0.03, 0.06))
     page.wait(lambda: "of the texts are chosen; their rows are below." in page.text())
-    page.driver.save_screenshot("/tmp/points.png")
     chosen = int(page.text().split(" of the texts are chosen")[0].split()[-1])
     assert 1 <= chosen <= 100  # all that are drawn of a whole stream, before which there is nothing
+    assert page.complaints() == []
+
+
+def test_a_single_detector_says_what_its_budget_rests_on(page: Page, link: str) -> None:
+    opened(page, link)
+    page.ask(
+        """(() => { const list = all(document.body).find(e => e.tagName === 'SELECT' && e.multiple);
+        [...list.options].forEach(o => { o.selected = o.value === 'CUSUM' }); list.dispatchEvent(new Event('change')); })()"""
+    )
+    press(page, "What would have fired?")
+    page.wait(lambda: "keeps the budget on streams drawn from the first 500 values" in page.text())
+    assert "CUSUM: lambda_ " in page.text()
     assert page.complaints() == []
 
 

@@ -95,15 +95,18 @@ def _visible(stream: Stream, x_range: tuple[float, float] | None) -> tuple[int, 
     return (lo, hi) if hi > lo else (0, len(stream))
 
 
+def _axes(stream: Stream) -> list[tuple[str, str]]:
+    """What is drawn over what."""
+    return [("at", "place in the stream"), ("value", "share of errors" if stream.kind == "errors" else "score")]
+
+
 def stream_line(
     stream: Stream,
     x_range: tuple[float, float] | None = None,  # what is visible; None: all
 ) -> Any:  # a holoviews.Curve
     """The rolling mean of the visible stretch."""
     hv = load_holoviews()
-    lo, hi = _visible(stream, x_range)
-    label = "share of errors" if stream.kind == "errors" else "mean score"
-    line = hv.Curve(rolling_mean(stream, lo, hi), hv.Dimension("at", label="place in the stream"), ("value", label))
+    line = hv.Curve(rolling_mean(stream, *_visible(stream, x_range)), *_axes(stream))
     tools = ["xbox_select", "xwheel_zoom", "xpan", "reset"]
     return line.opts(color=ACCENT, line_width=2, default_tools=[], tools=tools)
 
@@ -119,7 +122,7 @@ def stream_density(
     with needs_extra("apps"):
         from holoviews.operation.datashader import rasterize
     lo, hi = _visible(stream, x_range)
-    points = hv.Points((np.arange(lo, hi), stream.values[lo:hi]), ["at", "value"])
+    points = hv.Points((np.arange(lo, hi), stream.values[lo:hi]), _axes(stream))
     image = rasterize(points, dynamic=False, width=width, height=height)
     return image.opts(
         cmap="Greys", cnorm="log", alpha=0.6, clipping_colors={"NaN": "transparent", "min": "transparent"}
@@ -155,6 +158,8 @@ def plane_plot(
     parts = []
     for period, color in (("before", GREY), ("in the stretch", ACCENT)):
         rows = points[points["period"] == period]
+        if rows.empty:
+            continue
         dots = hv.Scatter(rows, ("x", " "), [("y", "  "), "at", "prompt"], label=period)
         parts.append(dots.opts(color=color, size=7, alpha=0.7, line_color="white", tools=[tip, "tap", "box_select"]))
     look = {"legend_position": "top_left", "xaxis": "bare", "yaxis": "bare", "toolbar": None}
@@ -165,8 +170,6 @@ def examples_html(
     rows: pd.DataFrame,  # from `read_examples`
 ) -> str:  # HTML, safe to show
     """Examples as a table; texts are cut at 300 characters."""
-    if rows.empty:
-        return "<p>Nothing in this stretch went wrong.</p>"
     texts = {"prompt": "Asked", "first": "First answer", "second": "Second answer", "pattern": "Pattern of mistakes"}
     shown = rows.assign(**{name: rows[name].fillna("").astype(str).str.slice(0, 300) for name in texts})
     columns = {"at": "Place", "value": "Value", "confidence": "Confidence"} | texts
@@ -207,12 +210,21 @@ def _reliability(stream: Stream, lo: int, hi: int) -> Any:
     bins = stretch_reliability(stream, lo, hi)
     if bins is None:
         return "<p>No confidence is known here; post it as <code>features.confidence</code>.</p>"
-    return reliability_diagram(bins).opts(responsive=True, toolbar=None)
+    return reliability_diagram(bins).opts(responsive=True, width=None, height=None, toolbar=None)
 
 
 def _control_chart(stream: Stream, lo: int, hi: int) -> Any:
-    chart = stretch_chart(stream, lo, hi)
-    return chart_view(chart, find_hits(chart), height=260, with_companion=False).opts(toolbar=None)
+    chart, places = stretch_chart(stream, lo, hi)
+    (view,) = chart_view(chart, find_hits(chart), places, height=260, with_companion=False)
+    return view.opts(toolbar=None)
+
+
+def _examples(store: Store, stream: Stream, lo: int, hi: int) -> str:
+    rows = read_examples(store, stream, lo, hi, n=12, only_errors=True)
+    what = "errors" if stream.kind == "errors" else "values"
+    if rows.empty:
+        return "<p>Nothing in this stretch went wrong.</p>"
+    return f'<p class="muted">{len(rows)} of its {what}, drawn at random.</p>{examples_html(rows)}'
 
 
 def draw_views(
@@ -224,7 +236,7 @@ def draw_views(
     """Everything that is shown about a stretch, the quickest first."""
     draw: dict[str, Callable[[], Any]] = {
         "chart": lambda: _control_chart(stream, lo, hi),
-        "examples": lambda: examples_html(read_examples(store, stream, lo, hi, n=12, only_errors=True)),
+        "examples": lambda: _examples(store, stream, lo, hi),
         "reliability": lambda: _reliability(stream, lo, hi),
         "plane": lambda: _around(store, stream, lo, hi),
         "causes": lambda: causes_html(store, stream),
@@ -245,7 +257,7 @@ _TITLES = {
     "reliability": "Does the model mean what it says?",
     "plane": "What is it about?",
     "causes": "What is behind it?",
-    "examples": "What went wrong",
+    "examples": "What do the rows look like?",
 }
 
 
@@ -268,12 +280,12 @@ class DriftView:
         self.whole = pn.widgets.Button(name="Whole stream")
         self.alarm = pn.widgets.Select(name="Alarms", options={"none": -1}, value=-1)
         self.said = pn.pane.HTML("", sizing_mode="stretch_width", margin=(0, 10))
-        self.line = pn.Column(sizing_mode="stretch_width", margin=0, height=280)
-        self.parts = {name: pn.Column(sizing_mode="stretch_width", margin=0) for name in _TITLES}
+        self.line = pn.Column(sizing_mode="stretch_width", margin=(0, 10), height=280)
+        self.parts = {name: pn.Column(sizing_mode="stretch_width", margin=(0, 10)) for name in _TITLES}
         self.choice.param.watch(self._on_stream, "value")
         self.alarm.param.watch(self._on_alarm, "value")
         self.try_out.on_click(self._on_try)
-        self.whole.on_click(lambda _: self.show(0, float("inf")))
+        self.whole.on_click(self._on_whole)
 
     # -- what the visitor does
 
@@ -283,6 +295,10 @@ class DriftView:
             self._say("There is no stream yet. Post observations, or predict with a reward model on voted pairs.")
         else:
             self._read(self.choice.value)
+
+    def leave(self) -> None:
+        """End what is still being tried out."""
+        self._turn += 1
 
     async def _on_stream(self, event: Any) -> None:
         self._say("Reading …")
@@ -299,6 +315,13 @@ class DriftView:
         start = int(row["at"]) if pd.isna(row["start"]) else int(row["start"])
         reach = max(300, 2 * (int(row["at"]) - start))
         await self._guarded(self.show, start - reach, int(row["at"]) + reach, event.new)
+        lo, hi = self.window
+        self._zoom(*self.stream.clip(2 * lo - hi, 2 * hi - lo))
+
+    async def _on_whole(self, _: Any) -> None:
+        if self.stream is not None:
+            await self._guarded(self.show, 0, len(self.stream))
+            self._zoom(0, len(self.stream))
 
     def _on_brush(self, boundsx: tuple[float, float] | None) -> None:
         import panel as pn
@@ -329,11 +352,12 @@ class DriftView:
         assert self.stream is not None
         self._turn += 1
         turn, begin, (lo, hi) = self._turn, time.perf_counter(), self.window
-        told, alarms = begin, self.alarms
+        told = begin
         chosen = {"budget": self.budget.value, "k": self.k.value}
-        for share, alarms in watch_stretch(self.stream, lo, hi, self.detectors.value, **chosen):
+        for share, found, said in watch_stretch(self.stream, lo, hi, self.detectors.value, **chosen):
             if turn != self._turn:
                 return
+            alarms, notes = found, said
             if share < 1 and time.perf_counter() - told > _TELL_S:
                 self.alarms, told = alarms, time.perf_counter()
                 self._marks.send(None)
@@ -346,7 +370,8 @@ class DriftView:
         cut = min(hi - lo, MOST_REPLAYED)
         only = f" Single detectors saw the first {cut:,} values." if set(self.detectors.value) - {"auto"} else ""
         self._say(
-            f"Would have fired in {hi - lo:,} values: {counts}. The budget allows {expected:,.1f} false ones.{only} ({took:.2f} s)"
+            f"Would have fired in {hi - lo:,} values: {counts}. The budget allows {expected:,.1f} false ones.{only} "
+            f"({took:.2f} s) {'; '.join(notes)}"
         )
 
     def _set_alarms(self, alarms: pd.DataFrame) -> None:
@@ -382,22 +407,46 @@ class DriftView:
         assert stream is not None
         self._marks = hv.streams.Pipe(data=None)
         visible = hv.streams.RangeX()
+        self._visible = [visible]
         line = hv.DynamicMap(lambda x_range: stream_line(stream, x_range), streams=[visible])
         marks = hv.DynamicMap(lambda data: self._marked(data), streams=[self._marks])
         layers = [line, marks]
         if stream.kind == "scores":
-            layers.insert(
-                0,
-                hv.DynamicMap(
-                    lambda x_range: stream_density(stream, x_range), streams=[hv.streams.RangeX(source=line)]
-                ),
-            )
+            self._visible.append(hv.streams.RangeX(source=line))
+            density = hv.DynamicMap(lambda x_range: stream_density(stream, x_range), streams=self._visible[1:])
+            layers.insert(0, density)
         visible.source = line
         self._brush = hv.streams.BoundsX(source=line, boundsx=None)
         self._brush.add_subscriber(self._on_brush)
-        look = {"responsive": True, "height": 280, "show_grid": True, "xlim": (0, len(stream)), "hooks": [_quiet]}
+        look = {
+            "responsive": True,
+            "height": 280,
+            "show_grid": True,
+            "xlim": (0, len(stream)),
+            "hooks": [_quiet, self._keep],
+        }
         look |= {"active_tools": ["xbox_select", "xwheel_zoom"], "default_tools": [], "xformatter": _thousands()}
         self.line[:] = [pane_of(hv.Overlay(layers).collate().opts(**look), height=280)]
+
+    def _keep(self, plot: Any, _: Any) -> None:
+        """What is drawn on, to zoom it."""
+        self._figure = plot.state
+
+    def _zoom(self, lo: int, hi: int) -> None:
+        """Let the line show these places."""
+        import panel as pn
+
+        assert self.stream is not None
+        level = rolling_mean(self.stream, lo, hi)["value"]
+        shown = self.stream.values if self.stream.kind == "scores" else level  # scores are drawn one by one
+        margin = max(0.1 * float(np.ptp(shown)), 1e-6)
+        for axis, low, high in (
+            (self._figure.x_range, lo, hi),
+            (self._figure.y_range, shown.min() - margin, shown.max() + margin),
+        ):
+            pn.state.execute(partial(axis.update, start=float(low), end=float(high)), schedule=True)
+        for visible in self._visible:
+            visible.event(x_range=(lo, hi))
 
     def _marked(self, chosen: int | None) -> Any:
         hv = load_holoviews()
@@ -448,7 +497,9 @@ class DriftView:
         buttons = pn.Row(self.try_out, self.whole)
         tip = '<p class="muted">Draw across the line to choose a stretch; the wheel zooms. Points of the plane below can be chosen too.</p>'
         views = [card(_TITLES[name], self.parts[name]) for name in ("chart", "reliability", "plane", "causes")]
-        top = card("The stream", grid(190, *chosen), buttons, self.said, self.line, pane_of(tip))
+        top = card(
+            "The stream", grid(190, *chosen), buttons, self.said, self.line, pn.Column(pane_of(tip), margin=(0, 10))
+        )
         examples = card(_TITLES["examples"], self.parts["examples"])
         return pn.Column(top, grid(420, *views), examples, sizing_mode="stretch_width", margin=0)
 
@@ -472,7 +523,11 @@ def drift_page(
     streams: Streams,
 ) -> Any:  # a panel.Template
     """The page for one visitor."""
+    import panel as pn
+
     streams.warm_up()
     view = DriftView(streams)
     view.open()
+    if pn.state.curdoc is not None:
+        pn.state.on_session_destroyed(lambda _: view.leave())
     return blank_page("Drift", view.body())

@@ -21,10 +21,10 @@ import pandas as pd
 from ..core.errors import InputError, MissingError
 from ..core.schema import Model
 from ..monitor.attribute_charts import p_chart
+from ..monitor.backtest import AUTO, iter_scan
 from ..monitor.calibration import reliability_table
 from ..monitor.charts import Chart, xbar_s_chart
-from ..monitor.confirmation import ChangeWatch, kind_of_stream
-from ..monitor.detectors import StreamDetector
+from ..monitor.confirmation import Change, kind_of_stream
 from ..monitor.outcomes import preference_outcomes
 from ..monitor.spaces import embed_texts
 from ..store.tables import Store
@@ -123,18 +123,19 @@ def rolling_mean(
     hi: int,
     *,
     points: int = 600,
-    width: int | None = None,  # values in each mean; None: a fortieth of the stretch, at least 20
+    width: int
+    | None = None,  # values in each mean, those at its place and before; None: a fortieth of the stretch, at least 20
 ) -> pd.DataFrame:  # at, value
     """The rolling mean of a stretch, at a few hundred places."""
     size = width or max(20, (hi - lo) // 40)
-    ends = np.unique(np.linspace(lo + min(size, hi - lo), hi, min(points, max(hi - lo, 1))).astype(np.int64))
+    first = min(max(lo + 1, size // 4), hi)  # at the beginning there are only few values to look back at
+    ends = np.unique(np.linspace(first, hi, min(points, max(hi - lo, 1))).astype(np.int64))
     begins = np.maximum(ends - size, 0)
     means = (stream.sums[ends] - stream.sums[begins]) / np.maximum(ends - begins, 1)
     return pd.DataFrame({"at": ends - 1, "value": means})
 
 # %% ../../nbs/apps/05_streams.ipynb #1f204ddc
 MOST_REPLAYED = 50_000  # values that a single detector is shown; `auto` sees all of them
-_PORTION = {True: 20_000, False: 500}  # values between two tellings: of `auto`, of a single detector
 _COLUMNS = ["at", "start", "detector", "direction", "severity", "p"]
 
 
@@ -142,20 +143,30 @@ def watch_stretch(
     stream: Stream,
     lo: int,
     hi: int,
-    detectors: Sequence[str] = ("auto",),
+    detectors: Sequence[str] = (AUTO,),
     *,
-    budget: float = 1e-4,  # of `auto`: false alarms a value
+    budget: float = 1e-4,  # false alarms a value
     k: int = 2,  # of `auto`: signals that must agree
-) -> Iterator[tuple[float, pd.DataFrame]]:  # share that was looked at, to 1; the alarms so far, as from `what_fires`
+) -> Iterator[
+    tuple[float, pd.DataFrame, list[str]]
+]:  # share that was looked at, to 1; alarms so far, as from `what_fires`; notes
     """The alarms of a stretch while they are found; raises `InputError` when it is too short."""
-    if hi - lo < 60:
-        raise InputError(f"not enough data: {hi - lo} values, needs 60; this does not mean no drift")
-    rows: dict[str, list[dict[str, Any]]] = {}
+    if not detectors:
+        raise InputError("no detector is chosen; choose auto, or another")
+    alarms, notes = dict[str, list[dict[str, Any]]](), dict[str, None]()
     for i, name in enumerate(detectors):
-        look = _confirmed(stream, lo, hi, budget, k) if name == "auto" else _replayed(stream, lo, hi, name)
-        for share, rows[name] in look:
-            found = pd.DataFrame([row for some in rows.values() for row in some], columns=_COLUMNS)
-            yield (i + share) / len(detectors), found.sort_values("at", kind="stable").reset_index(drop=True)
+        values = (
+            stream.values[lo:hi]
+            if name == AUTO
+            else _fractions(stream, stream.values[lo : min(hi, lo + MOST_REPLAYED)])
+        )
+        reference = max(200, len(values) // 10) if name == AUTO and stream.kind == "scores" else None
+        for seen, scan in iter_scan(values, name, budget=budget, k=k, reference=reference):
+            alarms[name] = [_row(change, lo, name) for change in scan.alarms]
+            notes |= dict.fromkeys(scan.notes)
+            found = pd.DataFrame([row for rows in alarms.values() for row in rows], columns=_COLUMNS)
+            found = found.sort_values("at", kind="stable").reset_index(drop=True)
+            yield (i + seen / len(values)) / len(detectors), found, list(notes)
 
 
 def what_fires(
@@ -163,37 +174,23 @@ def what_fires(
     **options: Any,  # all as of `watch_stretch`
 ) -> pd.DataFrame:  # at (place in the stream), start, detector, direction, severity, p; in order
     """All alarms of a stretch; raises `InputError` when it is too short."""
-    *_, (_, alarms) = watch_stretch(*args, **options)
+    *_, (_, alarms, _) = watch_stretch(*args, **options)
     return alarms
 
 
-def _portions(values: Floats, size: int) -> Iterator[tuple[int, Floats, float]]:
-    """Place of the first value, values, and what share is then done."""
-    for begin in range(0, len(values), size):
-        yield begin, values[begin : begin + size], min(1.0, (begin + size) / len(values))
+def _fractions(stream: Stream, values: Floats) -> Floats:
+    """Values from 0 to 1, as single detectors need them; what is far outside is cut."""
+    if stream.kind == "errors" or not len(values):
+        return values
+    bottom, top = np.quantile(values, [0.001, 0.999])
+    scaled: Floats = np.clip((values - bottom) / max(top - bottom, 1e-12), 0, 1)
+    return scaled
 
 
-def _confirmed(stream: Stream, lo: int, hi: int, budget: float, k: int) -> Iterator[tuple[float, list[dict[str, Any]]]]:
-    values, found = stream.values[lo:hi], {}
-    reference = values[: max(200, len(values) // 10)] if stream.kind == "scores" else None
-    watch = ChangeWatch(stream.kind, budget=budget, k=k, reference=reference)
-    for _, some, share in _portions(values, _PORTION[True]):
-        for change in (notice.change for notice in watch.take(some) if notice.event != "warning"):
-            row = {"at": lo + change.index, "start": lo + change.start, "detector": "auto"}
-            found[change.index] = row | {name: getattr(change, name) for name in ("direction", "severity", "p")}
-        yield share, list(found.values())
-
-
-def _replayed(stream: Stream, lo: int, hi: int, name: str) -> Iterator[tuple[float, list[dict[str, Any]]]]:
-    detector, values = StreamDetector(name), stream.values[lo : min(hi, lo + MOST_REPLAYED)]
-    if stream.kind == "scores":
-        bottom, top = np.quantile(values, [0.001, 0.999])
-        values = np.clip((values - bottom) / max(top - bottom, 1e-12), 0, 1)
-    rows = []
-    for begin, some, share in _portions(values, _PORTION[False]):
-        places = [lo + begin + i for i, value in enumerate(some.tolist()) if detector.update(value)]
-        rows += [dict.fromkeys(_COLUMNS) | {"at": at, "detector": name} for at in places]
-        yield share, rows
+def _row(change: Change, lo: int, name: str) -> dict[str, Any]:
+    """An alarm with its places in the stream."""
+    facts = {name: getattr(change, name) for name in ("direction", "severity", "p")}
+    return {"at": lo + change.index, "start": lo + change.start, "detector": name} | facts
 
 # %% ../../nbs/apps/05_streams.ipynb #cca922cf
 def stretch_chart(
@@ -202,18 +199,18 @@ def stretch_chart(
     hi: int,
     *,
     blocks: int = 40,
-) -> Chart:  # of as many points as there are blocks, or fewer in a short stretch
+) -> tuple[Chart, list[str]]:  # of as many points as there are blocks, or fewer in a short stretch; the places of each
     """A control chart of a stretch; raises `InputError` when it is too short or does not vary."""
     size = max(5, (hi - lo) // blocks)
     edges = np.arange(lo, hi - size + 1, size)
     if len(edges) < 4:
         raise InputError(f"not enough data: {hi - lo} values make {len(edges)} blocks, needs 4; take a longer stretch")
-    half = len(edges) // 2
+    half, places = len(edges) // 2, [f"{edge:,} to {edge + size:,}" for edge in edges]
     if stream.kind == "errors":
         counts = stream.sums[edges + size] - stream.sums[edges]
-        return p_chart(counts, size, p_chart(counts[:half], size).parameters)
+        return p_chart(counts, size, p_chart(counts[:half], size).parameters), places
     groups = [stream.values[edge : edge + size] for edge in edges]
-    return xbar_s_chart(groups, xbar_s_chart(groups[:half]).parameters)
+    return xbar_s_chart(groups, xbar_s_chart(groups[:half]).parameters), places
 
 # %% ../../nbs/apps/05_streams.ipynb #050c62cd
 def stretch_reliability(

@@ -79,7 +79,8 @@ def load_holoviews() -> Any:
     with needs_extra("apps"):
         import holoviews
         import holoviews.plotting.bokeh  # registers the options used below
-    holoviews.Store.set_current_backend("bokeh")
+    if holoviews.Store.current_backend != "bokeh":  # to choose it again would take 50 ms
+        holoviews.Store.set_current_backend("bokeh")
     holoviews.plotting.bokeh.BokehRenderer.webgl = False  # WebGL compiles code from text, which our pages forbid
     return holoviews
 

@@ -11,6 +11,7 @@ __all__ = ['FIRST', 'logger', 'stream_kind', 'ObservationWatch']
 import logging
 import threading
 from collections.abc import Callable
+from functools import cache
 
 import numpy as np
 
@@ -46,6 +47,12 @@ _PORTION = 100_000  # values that one call takes
 _NEW = "SELECT DISTINCT stream FROM observation WHERE audit_seq > ? AND NOT starts_with(stream, 'calibration/')"
 _MOST_STREAMS = 1000  # some 50 kB each
 logger = logging.getLogger(__name__)
+
+
+@cache
+def _load_detectors() -> None:
+    """Load Frouros, so that the first alarm need not wait for it."""
+    second_opinions(np.repeat([0.0, 1.0], 60), 60)
 
 
 class ObservationWatch:
@@ -92,13 +99,14 @@ class ObservationWatch:
             self._wake.set()
 
     def _run(self) -> None:
-        is_warm = False
         while not self._stopping.is_set():
             self._wake.wait()
             self._wake.clear()
-            if not self._stopping.is_set() and self.look() and not is_warm:
-                second_opinions(np.repeat([0.0, 1.0], 60), 60)  # loads Frouros, so that the first alarm need not
-                is_warm = True
+            try:
+                if not self._stopping.is_set():
+                    self.look()
+            except Exception:
+                logger.exception("the streams could not be looked at; the next value tries again")
             self._stopping.wait(_PAUSE_S)
 
     def look(self) -> int:  # values that were watched
@@ -117,6 +125,7 @@ class ObservationWatch:
             while kind and not self._stopping.is_set():
                 new = self._observe(stream, kind).look(self._hear).new
                 taken += new
+                _load_detectors()
                 if new < _PORTION:
                     break
         except Exception:
