@@ -99,6 +99,7 @@ def test_it_shows_a_stream_from_all_sides_and_asks_nobody_else(page: Page, link:
         page.ask("all(document.body).filter(e => e.tagName === 'SCRIPT' && e.textContent.includes('alert(1)'))") == []
     )
     assert page.ask("document.documentElement.scrollWidth") <= page.ask("document.documentElement.clientWidth")
+    assert page.ask("document.querySelector('header a').getAttribute('href')") == "/"  # back to the overview
     assert page.complaints() == []
     assert page.hosts() == {"127.0.0.1"}
 

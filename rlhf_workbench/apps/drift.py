@@ -349,6 +349,7 @@ def _quiet(plot: Any, _: Any) -> None:
 
 def drift_page(
     streams: Streams,
+    home: str = "/",  # path of the overview
 ) -> Any:  # a panel.Template
     """The page for one visitor."""
     import panel as pn
@@ -358,4 +359,4 @@ def drift_page(
     view.open()
     if pn.state.curdoc is not None:
         pn.state.on_session_destroyed(lambda _: view.leave())
-    return blank_page("Drift", view.body())
+    return blank_page("Drift", view.body(), home=home)

@@ -83,7 +83,7 @@ class Pages:
         if path.endswith("/label"):
             return label_page(self.service.projects[project], path)
         if path.endswith("/drift"):
-            return drift_page(self.streams[project])
+            return drift_page(self.streams[project], path.removesuffix("/drift") or "/")
         if may(visitor(), "run:read", project):
             return overview_page(self.watches[project], drift_path=f"{path.rstrip('/')}/drift")
         return label_page(self.service.projects[project], f"{path.rstrip('/')}/label")

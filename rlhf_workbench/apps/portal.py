@@ -201,7 +201,7 @@ _BLANK = """
 {% block title %}TITLE · RLHF Workbench{% endblock %}
 HEAD
 {% block contents %}
-<main class="page"><header><h1>TITLE</h1></header><div>{{ embed(roots.body) }}</div></main>
+<main class="page"><header><h1>TITLE</h1>HOME</header><div>{{ embed(roots.body) }}</div></main>
 {% endblock %}
 """
 
@@ -210,13 +210,16 @@ def blank_page(
     title: str,  # plain text, ours
     body: Any,  # what Panel shows
     *,
+    home: str | None = None,  # path of the overview, which it links to; None: no link
     has_keys: bool = False,  # it listens to keys: Panel compiles such a part in the browser
 ) -> Any:  # a panel.Template
     """A page with one thing on it, as careful as the overview."""
     with needs_extra("apps"):
         import panel as pn
     head = _HEAD.replace("data: blob:", "data: blob: 'unsafe-eval'") if has_keys else _HEAD
-    return pn.Template(_BLANK.replace("HEAD", head).replace("TITLE", html.escape(title)), items={"body": body})
+    link = f'<a href="{html.escape(home)}">Overview</a>' if home else ""
+    page = _BLANK.replace("HEAD", head).replace("TITLE", html.escape(title)).replace("HOME", link)
+    return pn.Template(page, items={"body": body})
 
 
 def pane_of(

@@ -106,7 +106,7 @@ def plane_plot(
             continue
         dots = hv.Scatter(rows, ("x", " "), [("y", "  "), "at", "prompt"], label=period)
         parts.append(dots.opts(color=color, size=7, alpha=0.7, line_color="white", tools=[tip, "tap", "box_select"]))
-    look = {"legend_position": "top_left", "xaxis": "bare", "yaxis": "bare", "toolbar": None}
+    look = {"title": "", "legend_position": "top_left", "xaxis": "bare", "yaxis": "bare", "toolbar": None}
     return hv.Overlay(parts).opts(**look, active_tools=["box_select", "tap"])
 
 
