@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 from ..core.errors import StateError
 from ..core.settings import needs_extra
-from .web import Access, caller, routes
+from .web import OWN_RETRIES, Access, caller, routes
 from ..store.backend import EngineBackend
 from ..store.handover import FileBackend
 from ..store.tables import Store
@@ -46,7 +46,7 @@ _MESSAGE: dict[str, Any] = {
     "schema": {"type": "string", "format": "binary", "description": "A line of JSON; after it, where rows come, Arrow"},
     "example": '{"table": null}\n',
 }
-_BODY = {"x-bulk": True, "requestBody": {"required": True, "content": {WIRE: _MESSAGE}}}
+_BODY = {"x-bulk": True, **OWN_RETRIES, "requestBody": {"required": True, "content": {WIRE: _MESSAGE}}}
 
 
 async def _whole_body(request: Request) -> bytes:

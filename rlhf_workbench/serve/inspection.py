@@ -20,7 +20,7 @@ from ..core.schema import utc_now
 from ..core.settings import needs_extra
 from .bulk import ARROW
 from .pages import Window, window
-from .web import Access, caller, routes
+from .web import READS, Access, caller, routes
 from ..store.audit import AuditReport
 from ..store.backup import Manifest, read_manifest
 from ..store.inventory import StoreInfo, store_info
@@ -68,7 +68,7 @@ def _answer(access: Access, question: Question) -> pa.Table:
     return backend.query(question.query, question.params, question.limit, question.timeout_s)
 
 
-@router.post("/sql")
+@router.post("/sql", openapi_extra=READS)
 def ask_sql(body: Question, access: Annotated[Access, caller("sql:read")]) -> Table:
     """Ask with one SELECT; the rows come as JSON."""
     found = _answer(access, body)
@@ -78,6 +78,7 @@ def ask_sql(body: Question, access: Annotated[Access, caller("sql:read")]) -> Ta
 
 @router.post(
     "/sql/arrow",
+    openapi_extra=READS,
     response_class=Response,
     responses={200: {"description": "The rows as a stream of Arrow.", "content": {ARROW: {}}}},
 )

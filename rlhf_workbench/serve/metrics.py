@@ -17,6 +17,8 @@ from typing import Any
 from ..core.errors import WorkbenchError
 from ..core.schema import Annotation, Delivery, QueueItem, Record
 from ..core.settings import needs_extra
+from ..store.backend import EngineBackend
+from ..store.engine import Engine
 from ..store.handover import FileBackend
 from ..store.tables import Store
 from ..store.tally import tally
@@ -28,6 +30,7 @@ with needs_extra("serve"):
 
 # %% ../../nbs/serve/05_metrics.ipynb #ad688085
 _ROOM = 100 * 2**20  # bytes that must be free beside a store
+_TURN_S = 0.8  # a probe commonly gives up after a second
 
 
 def unready(
@@ -37,12 +40,23 @@ def unready(
     return {name: problem for name, store in stores.items() if (problem := _problem(store))}
 
 
+def _engine(store: Store) -> Engine | None:
+    """What writes a store of this process."""
+    backend: Any = store.backend
+    if isinstance(backend, FileBackend):
+        return backend.owner.engine if backend.owner else None
+    return backend.engine if isinstance(backend, EngineBackend) else None
+
+
 def _problem(store: Store) -> str:
     """What is wrong with one store, empty when nothing."""
     try:
         store.sql("SELECT 1")
     except WorkbenchError as error:
         return str(error)
+    engine = _engine(store)
+    if engine and not engine.has_turn_free(_TURN_S):
+        return f"a write got no turn within {_TURN_S:g} s; when this lasts, a transaction hangs: restart the service"
     if store.path is None:
         return ""
     if not (os.access(store.path, os.W_OK) and os.access(store.path.parent, os.W_OK)):
@@ -76,10 +90,9 @@ def store_figures(
     found = tally(store, _COUNTED)
     for (state,), n in found[Delivery].items():
         yield "deliveries", {"state": state}, n
-    owner = store.backend.owner if isinstance(store.backend, FileBackend) else None
-    if owner:
-        yield "changes_written", {}, owner.engine.n_writes
-        yield "commits", {}, owner.engine.n_commits
+    if engine := _engine(store):
+        yield "changes_written", {}, engine.n_writes
+        yield "commits", {}, engine.n_commits
     queues = {queue for queue, _ in found[QueueItem]}
     answers = [n for (queue, _, label), n in found[Annotation].items() if queue in queues and label != "skip"]
     yield "queue_answers", {"state": "wanted"}, sum(overlap * n for (_, overlap), n in found[QueueItem].items())

@@ -11,6 +11,7 @@ __all__ = ['reply', 'receipt_key', 'answer_once']
 import hashlib
 import json
 import re
+from base64 import b64decode, b64encode
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,7 +64,11 @@ _KEPT_HEADERS = ("content-type", "location", "etag")
 def _pack(answer: Response) -> str:
     """An answer as text."""
     headers = {name: answer.headers[name] for name in _KEPT_HEADERS if name in answer.headers}
-    return json.dumps({"headers": headers, "body": bytes(answer.body).decode()})
+    body = bytes(answer.body)
+    try:
+        return json.dumps({"headers": headers, "body": body.decode()})
+    except UnicodeDecodeError:
+        return json.dumps({"headers": headers, "base64": b64encode(body).decode()})
 
 
 def _repeat(kept: tuple[str, int, str], fingerprint: str) -> Response:
@@ -74,7 +79,8 @@ def _repeat(kept: tuple[str, int, str], fingerprint: str) -> Response:
     if not body:
         return problem(409, "this was done already, and its answer was shown once; revoke that and make another")
     packed = json.loads(body)
-    return Response(packed["body"], status, {**packed["headers"], "Idempotency-Replayed": "true"})
+    content = b64decode(packed["base64"]) if "base64" in packed else packed["body"]
+    return Response(content, status, {**packed["headers"], "Idempotency-Replayed": "true"})
 
 
 def answer_once(

@@ -208,6 +208,18 @@ class Engine:
             self._inside = 0
             self._turn.release()
 
+    def has_turn_free(
+        self,
+        wait_s: float,  # how long to wait for it
+    ) -> bool:
+        """Whether a writer would come in now."""
+        if self.is_inside:
+            return True
+        is_free = self._turn.acquire(timeout=wait_s)
+        if is_free:
+            self._turn.release()
+        return is_free
+
     def _begin(self, is_brief: bool) -> _Group:
         """The group that this writer joins."""
         if self._group and not is_brief:
