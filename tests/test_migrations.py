@@ -1,15 +1,19 @@
 """A store of every earlier version becomes one of today, with its history; a newer one is left alone."""
 
 import gzip
+import hashlib
 import re
 from pathlib import Path
 
 import duckdb
 import pytest
+from click.testing import CliRunner
 
+from rlhf_workbench.commands.audit import audit
 from rlhf_workbench.core.errors import StateError
 from rlhf_workbench.core.schema import Alert, Annotation, Generation, Model, Prompt
-from rlhf_workbench.store.migrations import SCHEMA_VERSION
+from rlhf_workbench.store.audit import verify
+from rlhf_workbench.store.frame import SCHEMA_VERSION, OutdatedError
 from rlhf_workbench.store.tables import connect
 
 FIXTURES = sorted(Path(__file__).parent.glob("fixtures/store_v*.duckdb.gz"))
@@ -57,6 +61,34 @@ def test_tampering_with_old_rows_is_found_after_the_upgrade(fixture: Path, tmp_p
     with connect(path) as store:
         report = store.verify()
     assert (report.broken_seq, report.problem) == (2, "generation: a row was edited after it was written")
+
+
+@pytest.mark.parametrize("fixture", FIXTURES, ids=lambda f: f.name)
+def test_looking_at_an_older_store_does_not_upgrade_it(fixture: Path, tmp_path: Path) -> None:
+    path = unpack(fixture, tmp_path)
+    before = hashlib.md5(path.read_bytes()).hexdigest()
+    verified = CliRunner().invoke(audit, ["verify", "--store", str(path)])
+    assert (verified.exit_code, "changes are intact" in verified.output) == (0, True), verified.output
+    shown = CliRunner().invoke(audit, ["show", "--store", str(path)])
+    assert shown.exit_code == 2
+    assert "must be upgraded" in shown.output + str(shown.exception)
+    with pytest.raises(OutdatedError, match="open it once for writing"):
+        connect(path, read_only=True)
+    assert hashlib.md5(path.read_bytes()).hexdigest() == before
+    duckdb.connect(str(path)).execute("UPDATE prompt SET text = 'x' WHERE audit_seq = 1").close()
+    broken = CliRunner().invoke(audit, ["verify", "--store", str(path)])
+    assert (broken.exit_code, broken.output[:9]) == (1, "change 1:")
+
+
+def test_columns_of_an_earlier_version_are_bound_to_the_upgrade(tmp_path: Path) -> None:
+    path = unpack(FIXTURES[0], tmp_path)
+    with connect(path) as store:
+        upgraded = store.verify().n_changes
+    edited = "UPDATE store_columns SET type = 'DOUBLE' WHERE version = 1 AND table_name = 'rating' AND name = 'actor'"
+    duckdb.connect(str(path)).execute(edited).close()
+    with duckdb.connect(str(path), read_only=True) as con:
+        report = verify(con)
+    assert (report.broken_seq, "after the upgrade" in report.problem) == (upgraded, True)
 
 
 def test_an_upgrade_that_fails_leaves_the_old_store(tmp_path: Path) -> None:

@@ -504,3 +504,24 @@ def test_a_reader_cannot_write_but_shares(tmp_path: Path) -> None:
         assert reader.counts() == {"prompt": 1}
         with pytest.raises(StateError, match="opened for reading only"):
             reader.append(Prompt(text="y"))
+
+
+def test_a_lock_deleted_beside_a_living_owner_is_no_invitation(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    with holder(path):
+        path.with_name("s.duckdb.lock").unlink()
+        spilled, part = path.with_name("s.duckdb.tmp"), path.with_name("s.duckdb.rewrite")
+        spilled.mkdir(exist_ok=True)
+        (spilled / "of-the-owner").write_text("in use")
+        part.write_text("in use")
+        started = time.monotonic()
+        with connect(path, actor="ada") as store:
+            assert isinstance(store.backend._found, RemoteBackend)  # type: ignore[attr-defined]
+            store.append(Prompt(text="joined"))
+        assert time.monotonic() - started < 5
+        assert (spilled / "of-the-owner").exists()
+        assert part.exists()
+    with connect(path) as store:  # the owner was killed; now what it left is in nobody's use
+        assert [p.text for p in store.records(Prompt)] == ["joined"]
+        assert not spilled.exists()
+        assert not part.exists()

@@ -12,12 +12,16 @@ import re
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .verbs import Verbs, rows_of, say, shared, text_of
 from ..core.errors import InputError
 from ..core.schema import RECORDS, utc_now
+
+if TYPE_CHECKING:
+    from rlhf_workbench.store.audit import AuditReport
 
 # %% ../../nbs/commands/08_audit.ipynb #c46b4d70
 _UNITS = {"m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -72,6 +76,22 @@ def show(who: str | None, what: str | None, since: str | None, limit: int, store
     say(as_json, {"changes": rows_of(table)}, text_of(shown))
 
 
+def _as_it_is(store: Path, wanted: str | None) -> tuple["AuditReport", bool]:
+    """What is found in a file that cannot be opened as a store, and whether it has a change with this hash."""
+    from rlhf_workbench.store.audit import read_head, verify
+    from rlhf_workbench.store.encryption import find_key, open_database
+
+    file = store.absolute()
+    con = open_database(file, find_key(file), read_only=True)
+    try:
+        report = verify(con, read_head(file))
+        if wanted is None or not report.is_intact:
+            return report, True
+        return report, bool(con.execute("SELECT 1 FROM audit WHERE hash = ?", [wanted]).fetchall())
+    finally:
+        con.close()
+
+
 @audit.verb("Trust")
 @shared
 @click.option("--head", help="A hash that was printed before: that change must still be there.")
@@ -80,11 +100,16 @@ def verify(head: str | None, store: Path, as_json: bool) -> None:
 
     Example: rlhfw audit verify
     """
+    from rlhf_workbench.store.frame import OutdatedError, TamperedError
     from rlhf_workbench.store.tables import connect
 
-    with connect(store, read_only=True) as opened:
-        report = opened.verify()
-        is_there = head is None or len(opened.sql("SELECT 1 FROM audit WHERE hash = ?", [head.strip().lower()])) == 1
+    wanted = head.strip().lower() if head else None
+    try:
+        with connect(store, read_only=True) as opened:
+            report = opened.verify()
+            is_there = wanted is None or len(opened.sql("SELECT 1 FROM audit WHERE hash = ?", [wanted])) == 1
+    except (OutdatedError, TamperedError):
+        report, is_there = _as_it_is(store, wanted)
     good = f"{report.n_changes} changes are intact; head {report.head}"
     bad = (
         f"change {report.broken_seq}: {report.problem}"

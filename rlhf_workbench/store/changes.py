@@ -18,9 +18,8 @@ import pyarrow.compute as pc
 
 from ..core.errors import InputError
 from ..core.schema import Record, columns
-from .audit import seal
 from .digest import arrow_hash, arrow_schema, content_hash
-from .migrations import SCHEMA_VERSION
+from .frame import SCHEMA_VERSION, seal
 
 # %% ../../nbs/store/12_changes.ipynb #e5ae7e9c
 Rows = dict[str, list[Any]]  # column → values

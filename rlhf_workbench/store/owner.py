@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 
 from ..core.errors import StateError
 from .backend import EngineBackend
-from .encryption import find_key, open_database
+from .encryption import BusyError, find_key, open_database
 from .engine import Engine
 from .migrations import prepare
 from .remote import Connection, OwnerGone, RemoteBackend
@@ -179,11 +179,13 @@ _FORGET_BEATS = 3600
 class Ownership:
     """This process's hold on a file."""
 
-    def __init__(self, path: Path, lock: FileLock | None, key: str | None, actor: str = "local"):
+    def __init__(
+        self, path: Path, lock: FileLock | None, key: str | None, actor: str = "local", *, may_upgrade: bool = True
+    ):
         self.path, self._lock, self._key, self._actor, self.users = path, lock, key, actor, 0
-        self._stop = threading.Event()
+        self._stop, self._is_cleared = threading.Event(), False
         self._door: _Door | None = None
-        is_read_only = lock is None
+        is_read_only, self._may_upgrade = lock is None, may_upgrade
         self.engine = Engine(lambda: self._open(is_read_only), path)
         self.backend = EngineBackend(self.engine)
         if lock is not None:
@@ -191,9 +193,14 @@ class Ownership:
 
     def _open(self, is_read_only: bool) -> Any:
         """A prepared connection."""
-        con = open_database(self.path, self._key, is_read_only)
+        note = read_owner(self.path, self._key)
+        is_owned = note is not None and note.is_alive and note.pid != os.getpid()
+        con = open_database(self.path, self._key, is_read_only, **({"patience_s": 0.0} if is_owned else {}))
         try:
-            prepare(con, self.path, actor=self._actor, read_only=is_read_only)
+            if not (is_read_only or self._is_cleared):
+                clear_leftovers(self.path)  # not before: only the database's own lock says that nobody else is here
+                self._is_cleared = True
+            prepare(con, self.path, actor=self._actor, read_only=is_read_only or not self._may_upgrade)
         except BaseException:
             con.close()
             raise
@@ -247,10 +254,11 @@ def _try_to_own(path: Path, key: str | None, is_read_only: bool, actor: str) -> 
             except OSError as error:
                 return _look_only(path, key, is_read_only, error)
             try:
-                clear_leftovers(path)
-                held = Ownership(path, lock, key, actor)
-            except BaseException:
+                held = Ownership(path, lock, key, actor, may_upgrade=not is_read_only)
+            except BaseException as error:
                 lock.release()
+                if isinstance(error, BusyError) and read_owner(path, key):
+                    return None  # somebody deleted the lock of an owner who lives: join it
                 raise
             _OWNED[path] = held
         held.users += 1

@@ -68,14 +68,13 @@ def alone_with(
     if not file.is_file():
         raise MissingError(f"there is no store {path}; name another with --store")
     with hold_lock(file):
-        clear_leftovers(file)
         yield file
 
 
 def clear_leftovers(
     path: Path,  # a store's file that nobody has open
 ) -> None:
-    """Remove what an operation that was killed left beside the store; its owner calls this before it opens the file."""
+    """Remove what an operation that was killed left beside the store; whoever opened the file calls this, since only then it is sure that nobody else has."""
     remove_database(_part(path))
     shutil.rmtree(f"{path}.tmp", ignore_errors=True)
 
@@ -99,6 +98,7 @@ def _rewrite(path: Path, old: Key | None, new: Key | None) -> Rewritten:
     before = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.wal")) if file.exists())
     part, source = _part(path), open_database(path, old)
     try:
+        clear_leftovers(path)
         source.execute("CHECKPOINT")
         _, report = copy_database(source, part, new)
     finally:
