@@ -70,8 +70,7 @@ def test_looking_at_an_older_store_does_not_upgrade_it(fixture: Path, tmp_path: 
     verified = CliRunner().invoke(audit, ["verify", "--store", str(path)])
     assert (verified.exit_code, "changes are intact" in verified.output) == (0, True), verified.output
     shown = CliRunner().invoke(audit, ["show", "--store", str(path)])
-    assert shown.exit_code == 2
-    assert "must be upgraded" in shown.output + str(shown.exception)
+    assert isinstance(shown.exception, OutdatedError)  # the program turns it into one line and exit code 2
     with pytest.raises(OutdatedError, match="open it once for writing"):
         connect(path, read_only=True)
     assert hashlib.md5(path.read_bytes()).hexdigest() == before
