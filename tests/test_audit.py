@@ -316,6 +316,8 @@ def rewrite(con: duckdb.DuckDBPyConnection, data: st.DataObject) -> set[int]:
 WAYS = (edit, edit, edit, delete, insert, swap, rewrite)  # most often an edit: there are most to choose from
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_hundred_random_tamperings_are_found_and_named(mixed: Path, tmp_path: Path) -> None:
     copy, head, found = tmp_path / "tampered.duckdb", read_head(mixed), list[str]()
 
