@@ -63,7 +63,7 @@ from rlhf_workbench.serve.bulk import (
     read_lines,
     write_table,
 )
-from .pages import Window, records_after, window
+from .pages import Window, page_shape, records_after, window
 from .problems import problem
 from .receipts import reply
 from .shapes import ANNOTATED, example, field_type, one_or_many, shape
@@ -72,7 +72,6 @@ from ..store.bulk import LineErrors
 from ..store.tables import Store
 
 with needs_extra("serve"):
-    import pydantic
     from fastapi import APIRouter, Body, Path, Query, Request
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -156,13 +155,6 @@ def _given(equals: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in equals.items() if value is not None}
 
 
-def _page_shape(kind: type[Record]) -> Any:
-    """A page of a list, for the OpenAPI."""
-    following = pydantic.Field(description="`cursor` of the next page; null: this is the last")
-    docs: dict[str, Any] = {"items": (list[shape(kind)], ...), "next": (str | None, following)}  # type: ignore[misc]
-    return pydantic.create_model(f"{kind.__name__}Page", __doc__="A page of a list.", **docs)
-
-
 def add_reading(
     router: APIRouter,
     kind: type[Record],
@@ -189,8 +181,11 @@ def add_reading(
         [who, _parameter("request", Request), *filters],
     )
     read_one.__doc__ = f"One of the {name}, also when it was corrected since."
-    router.get(f"/{name}", operation_id=f"list_{plain}", response_model=_page_shape(kind))(list_them)
-    forms = {form: {"schema": {"type": "string", "format": "binary"}} for form in WRITERS}
+    router.get(
+        f"/{name}", operation_id=f"list_{plain}", response_model=page_shape(shape(kind), f"{kind.__name__}Page")
+    )(list_them)
+    forms: dict[str, Any] = {form: {"schema": {"type": "string", "format": "binary"}} for form in WRITERS}
+    forms[LINES]["example"] = json.dumps(example(kind, is_whole=True)) + "\n"
     unfit = {"description": "No form that is accepted is known here.", "content": PROBLEM_CONTENT}
     answers: dict[int | str, dict[str, Any]] = {200: {"description": "The rows.", "content": forms}, 406: unfit}
     settings: dict[str, Any] = {"response_class": StreamingResponse, "responses": answers}
