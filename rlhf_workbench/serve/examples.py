@@ -32,7 +32,8 @@ def _text(schema: dict[str, Any], name: str) -> str:
 
 def _number(schema: dict[str, Any], usual: float) -> float:
     """The usual number, moved to where it may be."""
-    return max(schema.get("minimum", usual), min(schema.get("maximum", usual), usual))
+    lowest, highest = float(schema.get("minimum", usual)), float(schema.get("maximum", usual))
+    return max(lowest, min(highest, usual))
 
 
 def _object(schema: dict[str, Any], parts: dict[str, Any]) -> dict[str, Any]:
