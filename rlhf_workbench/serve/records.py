@@ -12,7 +12,9 @@ __all__ = ['RESOURCES', 'plural', 'write_new', 'add_reading', 'export', 'Written
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from io import BufferedReader
 from tempfile import SpooledTemporaryFile
 from typing import IO, Annotated, Any
 
@@ -50,6 +52,7 @@ from rlhf_workbench.core.schema import (
     TrialLook,
     columns,
 )
+from ..core.sealing import SealedReader, SealedWriter, new_key
 from ..core.settings import needs_extra
 from rlhf_workbench.serve.bulk import (
     ARROW,
@@ -69,6 +72,7 @@ from .receipts import reply
 from .shapes import ANNOTATED, example, field_type, one_or_many, shape
 from .web import PROBLEM_CONTENT, PROJECT, Access, caller, routes
 from ..store.bulk import LineErrors
+from ..store.encryption import is_encrypted
 from ..store.tables import Store
 
 with needs_extra("serve"):
@@ -290,14 +294,29 @@ async def upload(
     form = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if form not in _READERS:
         raise HTTPException(415, f"an upload is {ARROW} or {LINES}, got {form or 'no type'}")
-    with SpooledTemporaryFile(max_size=_IN_MEMORY) as file:
+    path = access.store.path
+    key = new_key() if path and is_encrypted(path) else None
+    with SpooledTemporaryFile(max_size=_IN_MEMORY) as spool, _sealing(spool, key) as file:
         try:
             async for chunk in request.stream():
                 file.write(chunk)
         except ClientDisconnect:
             raise HTTPException(400, "the upload ended too early; nothing was written") from None
-        file.seek(0)
-        return await run_in_threadpool(_write, access, kind, form, file)
+        return await run_in_threadpool(_write, access, kind, form, _reading(spool, file, key))
+
+
+def _sealing(spool: IO[bytes], key: str | None) -> Any:
+    """Where an upload is written: into the spool, sealed when there is a key."""
+    return nullcontext(spool) if key is None else SealedWriter(spool, key, "upload")
+
+
+def _reading(spool: IO[bytes], file: Any, key: str | None) -> IO[bytes]:
+    """The upload from its beginning."""
+    if key is None:
+        spool.seek(0)
+        return spool
+    file.close()  # writes the last piece
+    return BufferedReader(SealedReader(spool, key, "upload", "the upload"))
 
 
 def _write(access: Access, kind: type[Record], form: str, file: IO[bytes]) -> Response:
