@@ -14,7 +14,7 @@ pytest.importorskip("frouros", reason="needs the extra monitor: pip install 'rlh
 
 from browser import NEEDS_BROWSER, Page, served
 
-from rlhf_workbench.core.schema import Comparison, Generation, MistakePattern, Observation, Prompt
+from rlhf_workbench.core.schema import Comparison, Generation, Mistake, MistakePattern, Observation, Prompt
 from rlhf_workbench.store.tables import connect
 
 pytestmark = NEEDS_BROWSER
@@ -33,8 +33,11 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
             prompt = Prompt(text=f"{'sea' if i < 20 else ATTACK} question {i}")
             first, second = (Generation(prompt_id=prompt.id, text=f"answer {i} {x}") for x in "ab")
             rows += [prompt, first, second, Comparison(prompt_id=prompt.id, first_id=first.id, second_id=second.id)]
-        store.append([*rows, MistakePattern(model_id="m", name=f"about {ATTACK}", words=["sea"], mistake_ids=["x"])])
         ids = [row.id for row in rows if isinstance(row, Comparison)]
+        about = {"model_id": "m", "p_first": 0.9, "first_is_better": 0, "kind": "wrong", "surprise": 2.3}
+        mistake = Mistake(comparison_id=ids[0], **about)
+        named = MistakePattern(model_id="m", name=f"about {ATTACK}", words=["sea"], mistake_ids=[mistake.id])
+        store.append([*rows, mistake, named])
         late = np.arange(N) >= CHANGE
         sure = rng.uniform(0.6, 0.99, N).round(2)
         errors = {
@@ -83,11 +86,25 @@ def drag(page: Page, plot: int, begin: tuple[float, float], end: tuple[float, fl
     )
     middle = tuple((a + b) / 2 for a, b in zip(begin, end, strict=True))
     steps = (("mousePressed", begin), ("mouseMoved", middle), ("mouseMoved", end), ("mouseReleased", end))
-    for kind, (x, y) in steps:
-        event = {"type": kind, "x": left + x * width, "y": top + y * height}
-        page.driver.execute_cdp_cmd(
-            "Input.dispatchMouseEvent", event | {"button": "left", "buttons": 1, "clickCount": 1}
-        )
+    mouse(page, *((kind, left + x * width, top + y * height) for kind, (x, y) in steps))
+
+
+def mouse(page: Page, *steps: tuple[str, float, float]) -> None:
+    """What a mouse does, where in the window."""
+    for kind, x, y in steps:
+        event = {"type": kind, "x": x, "y": y, "button": "left", "buttons": 1, "clickCount": 1}
+        page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+
+
+RANGES = "Bokeh.documents.flatMap(d => [...d._all_models.values()]).map(m => m.x_range).filter(Boolean).map(x => [x.start, x.end])"
+MARK = """(() => { const figures = Bokeh.documents.flatMap(d => [...d._all_models.values()]).filter(m => m.x_range);
+const has = r => r.data_source?.columns().includes('detector') && r.data_source.get_column('detector').length;
+const figure = figures.find(f => f.renderers.some(has)); if (!figure) return null;
+const source = figure.renderers.find(has).data_source;
+const view = Bokeh.index.find_one(figure); view.el.scrollIntoView({block: 'center'});
+const box = view.el.getBoundingClientRect();
+return [box.left + view.frame.x_scale.compute(source.get_column('at')[0]),
+        box.top + view.frame.y_scale.compute(source.get_column('value')[0])]; })()"""  # where the first alarm is
 
 
 def test_it_shows_a_stream_from_all_sides_and_asks_nobody_else(page: Page, link: str) -> None:
@@ -115,11 +132,20 @@ def test_what_would_have_fired_and_what_is_behind_it(page: Page, link: str) -> N
     end = int(shown.split(" to ")[1].split(" of ")[0].replace(",", ""))
     assert begin < CHANGE < end < CHANGE + 2000  # the stretch around the change
     assert f"{ATTACK} question" in shown  # what people ask since then
-    seen = page.ask(
-        "Bokeh.documents.flatMap(d => [...d._all_models.values()]).map(m => m.x_range).filter(Boolean)"
-        ".map(x => [x.start, x.end])"
-    )
-    assert [2 * begin - end, 2 * end - begin] in seen, seen  # the line shows as much again on both sides
+    around = [2 * begin - end, 2 * end - begin]  # the line shows as much again on both sides
+    page.wait(lambda: around in page.ask(RANGES))
+    assert page.complaints() == []
+
+
+def test_an_alarm_is_clicked_on_the_line(page: Page, link: str) -> None:
+    opened(page, link)
+    press(page, "What would have fired?")
+    page.wait(lambda: "Would have fired in 20,000 values: auto 1." in page.text())
+    page.wait(lambda: page.ask(MARK) is not None)
+    x, y = page.ask(MARK)
+    mouse(page, ("mouseMoved", x, y), ("mousePressed", x, y), ("mouseReleased", x, y))
+    page.wait(lambda: " of 20,000: " in page.text() and "Values 0 to" not in page.text())
+    assert int(page.text().split("Values ")[1].split(" to ")[0].replace(",", "")) < CHANGE
     assert page.complaints() == []
 
 

@@ -140,7 +140,7 @@ class DriftView:
         if event.new < 0 or self.stream is None:
             return
         row = self.alarms.iloc[event.new]
-        start = int(row["at"]) if pd.isna(row["start"]) else int(row["start"])
+        start = int(row["start"])
         reach = max(300, 2 * (int(row["at"]) - start))
         await self._guarded(self.show, start - reach, int(row["at"]) + reach, event.new)
         lo, hi = self.window
@@ -237,8 +237,9 @@ class DriftView:
         visible = hv.streams.RangeX()
         self._visible = [visible]
         line = hv.DynamicMap(lambda x_range: stream_line(stream, x_range), streams=[visible])
-        marks = hv.DynamicMap(lambda data: self._marked(data), streams=[self._marks])
-        layers = [line, marks]
+        window = hv.DynamicMap(lambda data: self._drawn_window(data), streams=[self._marks])
+        marks = hv.DynamicMap(lambda data: self._drawn_alarms(stream), streams=[self._marks])
+        layers = [line, window, marks]
         if stream.kind == "scores":
             self._visible.append(hv.streams.RangeX(source=line))
             density = hv.DynamicMap(lambda x_range: stream_density(stream, x_range), streams=self._visible[1:])
@@ -246,6 +247,8 @@ class DriftView:
         visible.source = line
         self._brush = hv.streams.BoundsX(source=line, boundsx=None)
         self._brush.add_subscriber(self._on_brush)
+        self._tapped = hv.streams.Selection1D(source=marks)
+        self._tapped.add_subscriber(self._on_mark)
         look = {
             "responsive": True,
             "height": 280,
@@ -253,7 +256,7 @@ class DriftView:
             "xlim": (0, len(stream)),
             "hooks": [_quiet, self._keep],
         }
-        look |= {"active_tools": ["xbox_select", "xwheel_zoom"], "default_tools": [], "xformatter": _thousands()}
+        look |= {"active_tools": ["xbox_select", "xwheel_zoom", "tap"], "default_tools": [], "xformatter": _thousands()}
         self.line[:] = [pane_of(hv.Overlay(layers).collate().opts(**look), height=280)]
 
     def _keep(self, plot: Any, _: Any) -> None:
@@ -276,12 +279,20 @@ class DriftView:
         for visible in self._visible:
             visible.event(x_range=(lo, hi))
 
-    def _marked(self, chosen: int | None) -> Any:
+    def _drawn_window(self, chosen: int | None) -> Any:
+        """The stretch, and where the chosen alarm says that it began."""
         hv = load_holoviews()
-        assert self.stream is not None
-        shown = self.alarms if len(self.alarms) else pd.DataFrame({"at": [], "start": [], "detector": []})
-        lo, hi = self.window
-        return hv.VSpans([(lo, hi)]).opts(color=ACCENT, alpha=0.08) * alarm_marks(self.stream, shown, chosen)
+        begins = [] if chosen is None else [self.alarms["start"].iloc[chosen]]
+        span = hv.VSpans([self.window]).opts(color=ACCENT, alpha=0.08)
+        return span * hv.VLines(begins).opts(color="#b3261e", line_dash="dotted")
+
+    def _drawn_alarms(self, stream: Stream) -> Any:
+        shown = self.alarms if len(self.alarms) else pd.DataFrame({"at": [], "detector": []})
+        return alarm_marks(stream, shown)
+
+    def _on_mark(self, index: list[int]) -> None:
+        if index and index[0] in self.alarm.options.values():
+            self.alarm.value = index[0]
 
     def show(
         self,
@@ -323,7 +334,7 @@ class DriftView:
         for widget in chosen:
             widget.param.update(sizing_mode="stretch_width", min_width=0)
         buttons = pn.Row(self.try_out, self.whole)
-        tip = '<p class="muted">Draw across the line to choose a stretch; the wheel zooms. Points of the plane below can be chosen too.</p>'
+        tip = '<p class="muted">Draw across the line to choose a stretch; the wheel zooms. Alarms can be clicked, points of the plane below too.</p>'
         views = [card(_TITLES[name], self.parts[name]) for name in ("chart", "reliability", "plane", "causes")]
         top = card(
             "The stream", grid(190, *chosen), buttons, self.said, self.line, pn.Column(pane_of(tip), margin=(0, 10))

@@ -6,7 +6,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/apps/streams.html.md"""
 
 # %% auto #0
 __all__ = ['Floats', 'MOST_REPLAYED', 'Stream', 'list_streams', 'read_stream', 'rolling_mean', 'watch_stretch', 'what_fires',
-           'stretch_chart', 'stretch_reliability', 'read_examples', 'rows_at', 'place_texts']
+           'stretch_chart', 'stretch_reliability', 'read_examples', 'stretch_patterns', 'rows_at', 'place_texts']
 
 # %% ../../nbs/apps/05_streams.ipynb #37c5b899
 from collections.abc import Iterator, Sequence
@@ -235,6 +235,10 @@ SELECT c.id AS comparison_id, p.text AS prompt, p.topic, f.text AS first, s.text
 FROM comparison c JOIN prompt p ON p.id = c.prompt_id
 JOIN generation f ON f.id = c.first_id JOIN generation s ON s.id = c.second_id
 WHERE c.id IN (SELECT unnest(?))"""
+_MEMBERS = """
+SELECT DISTINCT p.name, array_to_string(p.words[:6], ', ') AS words, m.comparison_id
+FROM mistake m JOIN current_mistake_pattern p ON list_contains(p.mistake_ids, m.id)
+WHERE p.status = 'open' AND m.comparison_id IN (SELECT unnest(?))"""
 _PATTERNS = """
 SELECT m.comparison_id, string_agg(DISTINCT p.name, ', ' ORDER BY p.name) AS pattern
 FROM mistake m JOIN current_mistake_pattern p ON list_contains(p.mistake_ids, m.id)
@@ -252,12 +256,35 @@ def read_examples(
     seed: int = 0,  # of the choice when there are more
 ) -> pd.DataFrame:  # at, value, confidence, comparison_id, prompt, topic, first, second, pattern; in order
     """Some rows of a stretch with their texts, where they are about a comparison."""
+    return rows_at(store, stream, _drawn(stream, lo, hi, n, only_errors, seed))
+
+
+def _drawn(stream: Stream, lo: int, hi: int, n: int, only_errors: bool, seed: int) -> npt.NDArray[np.int64]:
+    """At most n places of a stretch."""
     wanted = np.arange(lo, hi)
     if only_errors and stream.kind == "errors":
         wanted = wanted[stream.values[lo:hi] > 0.5]
-    if len(wanted) > n:
-        wanted = np.random.default_rng(seed).choice(wanted, n, replace=False)
-    return rows_at(store, stream, wanted)
+    return wanted if len(wanted) <= n else np.random.default_rng(seed).choice(wanted, n, replace=False)
+
+
+def stretch_patterns(
+    store: Store,
+    stream: Stream,
+    lo: int,
+    hi: int,
+    *,
+    n: int = 2000,  # errors, or scores, that are looked at
+    seed: int = 0,  # of the choice when there are more
+) -> tuple[
+    pd.DataFrame, int
+]:  # name, words, n (rows that belong to it), the largest first; how many rows were looked at
+    """The open patterns of mistakes to which the errors of a stretch belong."""
+    wanted = np.sort(_drawn(stream, lo, hi, n, True, seed))
+    keys = pd.Series(_comparison_ids(store, stream, wanted), dtype=object).dropna()
+    found = store.sql(_MEMBERS, [keys.unique().tolist() or [""]], limit=None)
+    found["n"] = found["comparison_id"].map(keys.value_counts())
+    counts = found.groupby(["name", "words"])["n"].sum().reset_index()
+    return counts.sort_values(["n", "name"], ascending=[False, True], ignore_index=True), len(wanted)
 
 
 def rows_at(

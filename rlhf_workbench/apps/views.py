@@ -10,23 +10,26 @@ __all__ = ['stream_line', 'stream_density', 'alarm_marks', 'plane_plot', 'exampl
 # %% ../../nbs/apps/06_views.ipynb #6801d2c4
 import html
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from .overview import ACCENT, GREY, format_value, newest_figures, table_html
+from .overview import ACCENT, GREY, format_value, table_html
 from rlhf_workbench.apps.streams import (
     Stream,
     place_texts,
     read_examples,
     rolling_mean,
     stretch_chart,
+    stretch_patterns,
     stretch_reliability,
 )
 from ..core.errors import WorkbenchError
-from ..core.schema import MistakePattern
+from ..core.schema import DriftEvent
 from ..core.settings import needs_extra
+from ..monitor.attribution import STREAM
 from ..monitor.calibration import reliability_diagram
 from ..monitor.chart_plots import chart_view, load_holoviews
 from ..monitor.chart_rules import find_hits
@@ -76,18 +79,19 @@ def stream_density(
 def alarm_marks(
     stream: Stream,
     alarms: pd.DataFrame,  # from `what_fires`
-    chosen: int | None = None,  # row of the alarm that is looked at
-) -> Any:  # a holoviews.Overlay
-    """The alarms on the line, and where they say that it began."""
+) -> Any:  # a holoviews.Scatter
+    """The alarms on the line."""
     hv = load_holoviews()
+    with needs_extra("apps"):
+        from bokeh.models import HoverTool
     ends = alarms["at"].to_numpy(np.int64)
     width = max(20, len(stream) // 40)
     level = [stream.mean(max(0, end - width), end + 1) for end in ends]
     shown = pd.DataFrame({"at": ends, "value": level, "detector": alarms["detector"].to_numpy(object)})
     marks = hv.Scatter(shown, "at", ["value", "detector"])
-    marks = marks.opts(color="#b3261e", marker="diamond", size=11, line_color="white", default_tools=[])
-    begins = [] if chosen is None else [x for x in (alarms["start"].iloc[chosen],) if pd.notna(x)]
-    return marks * hv.VLines(begins).opts(color="#b3261e", line_dash="dotted")
+    look = {"color": "#b3261e", "marker": "diamond", "size": 11, "line_color": "white", "nonselection_alpha": 1}
+    tip = HoverTool(tooltips=[("alarm at", "@at{0,0}"), ("by", "@detector")])
+    return marks.opts(**look, default_tools=[], tools=[tip, "tap"])
 
 # %% ../../nbs/apps/06_views.ipynb #fd873f03
 def plane_plot(
@@ -123,22 +127,42 @@ def examples_html(
 def causes_html(
     store: Store,
     stream: Stream,
+    lo: int,
+    hi: int,
 ) -> str:  # HTML, safe to show
-    """Known patterns and the newest attribution."""
-    of_model = {"model_id": stream.about["model_id"]} if "model_id" in stream.about else {}
-    patterns = store.records(MistakePattern, status="open", **of_model)
+    """What was attributed in this stretch, and the patterns that its mistakes make."""
+    patterns, n = stretch_patterns(store, stream, lo, hi)
     lines = [
-        f"<li><b>{html.escape(p.name)}</b> · {len(p.mistake_ids):,} mistakes · {html.escape(', '.join(p.words[:6]))}</li>"
-        for p in sorted(patterns, key=lambda p: -len(p.mistake_ids))[:5]
+        f"<li><b>{html.escape(name)}</b> · {count:,} of {n:,} · {html.escape(words)}</li>"
+        for name, words, count in patterns.head(5).itertuples(index=False)
     ]
-    found = newest_figures(store, "attribute_drift")
-    said = found.get("sentence") or found.get("verdict")
-    cause = f"<p>{html.escape(format_value(said))}</p>" if said else _NO_CAUSE
-    return cause + (f"<p>Open patterns of mistakes:</p><ul>{''.join(lines)}</ul>" if lines else _NO_PATTERNS)
+    what = "errors" if stream.kind == "errors" else "values"
+    named = f"<p>Patterns of mistakes in {n:,} {what} of this stretch:</p><ul>{''.join(lines)}</ul>"
+    return _cause(store, stream, lo, hi) + (named if lines else _NO_PATTERNS)
+
+
+def _cause(store: Store, stream: Stream, lo: int, hi: int) -> str:
+    """The newest attribution of a change in this stretch, or else the newest of all."""
+    found = sorted(store.records(DriftEvent, stream=STREAM), key=lambda event: event.id)
+    if not found:
+        return _NO_CAUSE
+    seen = stream.moments[lo:hi] if stream.moments is not None else np.empty(0, "datetime64[ns]")
+    inside = [e for e in found if len(seen) and e.happened_at and seen[0] <= _utc(e.happened_at) <= seen[-1]]
+    event = (inside or found)[-1]
+    since = f" of the votes since {event.happened_at:%d %b %Y %H:%M} UTC" if event.happened_at else ""
+    where = "in this stretch" if inside else "the newest; it is not known to be about this stretch"
+    said = html.escape(format_value(event.metadata.get("sentence") or event.detector))
+    return f'<p>{said}</p><p class="muted">Attribution{since}, {where}.</p>'
+
+
+def _utc(moment: datetime) -> np.datetime64:
+    return np.datetime64(moment.astimezone(UTC).replace(tzinfo=None))
 
 
 _NO_CAUSE = '<p class="muted">Nothing has been attributed yet; <code>rlhfw attribute</code> says whether inputs, policy, annotators or preferences changed.</p>'
-_NO_PATTERNS = '<p class="muted">No pattern of mistakes is known; <code>rlhfw mistakes</code> finds them.</p>'
+_NO_PATTERNS = (
+    '<p class="muted">No pattern of mistakes is known in this stretch; <code>rlhfw mistakes</code> finds them.</p>'
+)
 
 # %% ../../nbs/apps/06_views.ipynb #eb8fc572
 def _around(store: Store, stream: Stream, lo: int, hi: int) -> Any:
@@ -154,7 +178,7 @@ def _reliability(stream: Stream, lo: int, hi: int) -> Any:
     bins = stretch_reliability(stream, lo, hi)
     if bins is None:
         return "<p>No confidence is known here; post it as <code>features.confidence</code>.</p>"
-    return reliability_diagram(bins).opts(responsive=True, width=None, height=None, toolbar=None)
+    return reliability_diagram(bins, is_responsive=True).opts(toolbar=None)
 
 
 def _control_chart(stream: Stream, lo: int, hi: int) -> Any:
@@ -183,7 +207,7 @@ def draw_views(
         "examples": lambda: _examples(store, stream, lo, hi),
         "reliability": lambda: _reliability(stream, lo, hi),
         "plane": lambda: _around(store, stream, lo, hi),
-        "causes": lambda: causes_html(store, stream),
+        "causes": lambda: causes_html(store, stream, lo, hi),
     }
     for name, work in draw.items():
         try:

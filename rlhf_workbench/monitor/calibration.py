@@ -360,6 +360,8 @@ def plot_reliability(
 def reliability_diagram(
     table: pd.DataFrame,  # from reliability_table
     after: pd.DataFrame | None = None,  # a second one, after recalibration
+    *,
+    is_responsive: bool = False,  # as large as its place, and not 420 × 360 pixels
 ) -> Any:  # a holoviews.Overlay (Bokeh): diagonal, points with 95 % intervals, share of the rows in each bin
     """Accuracy against confidence, to explore."""
     with needs_extra("apps"):
@@ -375,7 +377,8 @@ def reliability_diagram(
     for part, (name, color) in zip((table, after), names, strict=True):
         if part is not None:
             parts += _diagram_layer(hv, part, name if after is not None else "", color)
-    frame = {"xlim": (low, 1.01), "ylim": (0, 1.02), "legend_position": "top_left", "width": 420, "height": 360}
+    frame: dict[str, Any] = {"xlim": (low, 1.01), "ylim": (0, 1.02), "legend_position": "top_left"}
+    frame |= {"responsive": True} if is_responsive else {"width": 420, "height": 360}
     return hv.Overlay(parts).opts(**frame, xlabel="confidence", ylabel="accuracy", backend="bokeh")
 
 
