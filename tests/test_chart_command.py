@@ -147,7 +147,7 @@ def test_what_is_wrong_is_said_in_one_line(refused: Any, juice: Path, tmp_path: 
         (("kl", "--n", "3", "--store", tmp_path / "no.duckdb"), "--n is for a file"),
         (("kl", "--store", tmp_path / "no.duckdb"), "there is no store"),
         (("freeze", "kl", "--store", tmp_path / "no.duckdb"), "--reason"),
-        (("freeze", "kl", "--reason", "?", "--store", tmp_path / "no.duckdb"), "there is no file"),
+        (("freeze", "kl", "--reason", "?", "--store", tmp_path / "no.duckdb"), "there is no store"),
         (("note", "x", "--store", tmp_path / "no.duckdb"), "nothing to note"),
     ):
         assert message in refused(*words), words
