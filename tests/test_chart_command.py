@@ -147,7 +147,7 @@ def test_what_is_wrong_is_said_in_one_line(refused: Any, juice: Path, tmp_path: 
         (("kl", "--n", "3", "--store", tmp_path / "no.duckdb"), "--n is for a file"),
         (("kl", "--store", tmp_path / "no.duckdb"), "there is no store"),
         (("freeze", "kl", "--store", tmp_path / "no.duckdb"), "--reason"),
-        (("freeze", "kl", "--reason", "?", "--store", tmp_path / "no.duckdb"), "there is no file"),
+        (("freeze", "kl", "--reason", "?", "--store", tmp_path / "no.duckdb"), "there is no store"),
         (("note", "x", "--store", tmp_path / "no.duckdb"), "nothing to note"),
     ):
         assert message in refused(*words), words
@@ -204,3 +204,9 @@ def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert {"show", "freeze", "watch", "signals", "note"} <= set(text.split())
     assert "$ rlhfw chart gold_accuracy --by annotator" in text
+
+
+def test_a_chart_of_shares_without_sizes_names_the_option(refused: Any, juice: Path) -> None:
+    assert "kind p needs the size of each sample; name its column, or one number for all, with --n" in refused(
+        juice, "--value", "wrong", "--kind", "p"
+    )

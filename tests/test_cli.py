@@ -1,5 +1,6 @@
 """The command line: help that reads well, one line for an error, one object for a program."""
 
+import io
 import json
 import subprocess
 import sys
@@ -66,6 +67,62 @@ def test_a_mistake_is_one_line_and_code_two(
     assert err.startswith("rlhfw: ")
     assert err.count("\n") == 1
     assert out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_audit_is_narrowed_by_who_what_and_since(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.duckdb"
+    with connect(path, actor="ada") as store:
+        store.append(Prompt(text="one"))
+    with connect(path, actor="bob") as store:
+        store.append(Prompt(text="two"))
+        store.append(Run(id="d", kind="watch_drift", key="", seed=0))
+
+    def shown(*words: str) -> list[tuple[str, str]]:
+        assert main(["audit", "show", "--store", str(path), "--json", *words]) == 0
+        rows = json.loads(capsys.readouterr().out)["changes"]
+        return [(row["actor"], row["table_name"]) for row in rows if row["action"] == "append"]
+
+    assert shown() == [("ada", "prompt"), ("bob", "prompt"), ("bob", "run")]
+    assert shown("--who", "bob") == [("bob", "prompt"), ("bob", "run")]
+    assert shown("--what", "prompt") == [("ada", "prompt"), ("bob", "prompt")]
+    assert shown("--who", "bob", "--what", "prompt", "--since", "1h") == [("bob", "prompt")]
+    assert shown("--since", "2001-01-01") == shown()
+    assert shown("--since", "2999-01-01") == []
+    assert shown("--who", "nobody") == []
+    assert main(["audit", "show", "--store", str(path), "--what", "prompts"]) == 2
+    assert "there is no table 'prompts'; the nearest are prompt" in capsys.readouterr().err
+    assert main(["audit", "show", "--store", str(path), "--what", "nothing"]) == 2
+    assert len(capsys.readouterr().err) < 200
+    assert main(["audit", "show", "--store", str(path), "--since", "soon"]) == 2
+    assert "is no moment" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    """Somebody who types."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_new_plugin_without_its_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new = ["plugins", "new", "--folder", str(tmp_path)]
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert main([*new, "lab-one"]) == 0
+    assert "it is an aggregator, because --kind was not given; there are generator" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", Terminal("calibrator\n"))
+    assert main([*new, "lab-two"]) == 0
+    out = capsys.readouterr().out
+    assert "rlhfw plugins check calibrator.lab-two" in out
+    assert "was not given" not in out
+
+
+def test_a_token_for_no_store_says_how_one_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    at = ["--store", str(tmp_path / "no.duckdb")]
+    assert main(["token", "new", "nightly", "--role", "service", *at]) == 2
+    assert "or make one with `rlhfw serve`" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,15 +5,18 @@ import contextlib
 import importlib.util
 import io
 import itertools
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import keyring
@@ -352,6 +355,89 @@ def test_what_is_written_through_the_store_shows_nowhere(
         assert store.verify().is_intact
     assert _where(tmp_path) == (set() if key else {".duckdb"})
     assert is_encrypted(file) == bool(key)
+
+
+def _lies_in(folder: Path) -> bytes:
+    """All that this process has in a folder, files without a name included."""
+    links = [Path(entry) for entry in Path("/proc/self/fd").iterdir()]
+    opened = [link for link in links if link.exists() and os.readlink(link).startswith(str(folder))]
+    return b"".join(file.read_bytes() for file in [*opened, *folder.iterdir()])
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to see files without a name")
+@pytest.mark.parametrize("key", [None, FIRST])
+def test_a_large_upload_shows_nothing_in_the_folder_for_temporary_files(
+    tmp_path: Path, key: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed: pip install 'rlhf_workbench[serve]'")
+    from fastapi.testclient import TestClient
+
+    from rlhf_workbench.govern.access import make_token
+    from rlhf_workbench.serve import records
+    from rlhf_workbench.serve.api import create_app
+    from rlhf_workbench.serve.callers import Service
+
+    temporary, seen, write = tmp_path / "temporary", [], records._write
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    if key:
+        monkeypatch.setenv("RLHFW_STORE_KEY", key)
+
+    def look_and_write(*what: Any) -> Any:
+        seen.append(_lies_in(temporary))
+        return write(*what)
+
+    monkeypatch.setattr(records, "_write", look_and_write)
+    with connect(tmp_path / "pilot.duckdb") as store:
+        headers = {"Authorization": f"Bearer {make_token(store, 'rob', 'researcher')[1]}"}
+        rob = TestClient(create_app(Service({"pilot": store})), headers=headers)
+        lines = "".join(json.dumps({"text": f"{MARK} {i} " + "x" * 9000}) + "\n" for i in range(1000))
+        bulk = {"content": lines, "headers": {"Content-Type": "application/x-ndjson"}}
+        answer = rob.post("/v1/projects/pilot/prompts/bulk", **bulk)
+        assert answer.json() == {"written": 1000}
+        assert [p.text[: len(MARK) + 2] for p in store.records(Prompt)][:2] == [f"{MARK} 0", f"{MARK} 1"]
+    assert len(seen[0]) > 8 * 2**20
+    assert (MARK.encode() in seen[0]) == (key is None)
+    assert _lies_in(temporary) == b""
+
+
+def test_what_stays_plain_beside_an_encrypted_store_is_said(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rlhf_workbench.serve.doctor import check_plain_files
+
+    weights = path.with_suffix(".files") / "models" / "weights.bin"
+    weights.parent.mkdir(parents=True)
+    weights.write_text(MARK)
+    weights.with_name("pairs.sealed").write_bytes(seal(MARK.encode(), FIRST))
+    assert check_plain_files(path) == []  # a plain store promises nothing
+    key_file = path.with_name("one.key")
+    key_file.touch(mode=0o600)
+    key_file.write_text(FIRST)
+    assert main(["store", "encrypt", "--store", str(path), "--key-file", str(key_file)]) == 0
+    assert f"not encrypted: 1 in {path.with_suffix('.files')}" in capsys.readouterr().out
+    found = check_plain_files(path)
+    assert [(finding.level, finding.subject) for finding in found] == [("warning", "plain files")]
+    assert "1 files" in found[0].found
+    weights.unlink()
+    assert check_plain_files(path) == []
+
+
+def test_a_wrong_key_is_told_where_it_was_found(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encrypt_store(path, FIRST)
+    wrong, right = path.with_name("wrong.key"), path.with_name("right.key")
+    for file, key in ((wrong, SECOND), (right, FIRST)):
+        file.touch(mode=0o600)
+        file.write_text(key)
+    for words in (["store", "info"], ["audit", "show"], ["audit", "verify"], ["store", "compact"]):
+        at = [*words, "--store", str(path)]
+        assert main([*at, "--key-file", str(wrong)]) == 2
+        assert f"than that of the key file {wrong}" in capsys.readouterr().err
+        assert main([*at, "--key-file", str(right)]) == 0
+        capsys.readouterr()
+    monkeypatch.setenv("RLHFW_STORE_KEY", SECOND)
+    assert main(["store", "info", "--store", str(path)]) == 2
+    assert "than that of RLHFW_STORE_KEY; give the right one there" in capsys.readouterr().err
 
 
 def test_a_sealed_export_shows_nothing_and_comes_back(path: Path) -> None:

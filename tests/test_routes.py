@@ -226,6 +226,52 @@ def test_an_alert_is_raised_once_a_cause_and_goes_its_way(program: Program, stor
     assert [a.actor for a in store.records(Alert)] == ["vera"]
 
 
+# What was once a plain list comes in pages too
+
+
+def follow(browser: TestClient, path: str) -> list[list[dict[str, Any]]]:
+    """The pages of an array, by the `Link` header."""
+    pages: list[list[dict[str, Any]]] = []
+    address: str | None = f"{browser.base_url.path}{path}?limit=2"
+    while address:
+        answer = browser.get(f"http://127.0.0.1:5006{address}")
+        pages.append(answer.json())
+        link = answer.headers.get("link")
+        address = link[1 : link.index(">")] if link else None
+    return pages
+
+
+def test_open_alerts_come_in_pages_the_most_severe_first(program: Program, store: Store) -> None:
+    store.append([Alert(severity=s, title=s, text="") for s in ("info", "critical", "warning", "critical", "info")])
+    vera = program("vera", "reviewer")
+    first = vera.get("alerts/open").json()[0]["id"]
+    vera.post(f"alerts/{first}/acknowledge")
+    whole = vera.get("alerts/open").json()
+    pages = follow(vera, "alerts/open")
+    assert [len(page) for page in pages] == [2, 2, 1]
+    assert [alert for page in pages for alert in page] == whole
+    assert [a["severity"] for a in whole] == ["critical", "critical", "warning", "info", "info"]
+    assert [a["status"] for a in whole[:2]] == ["open", "acknowledged"]
+
+
+def test_waiting_proposals_come_in_pages(program: Program, store: Store) -> None:
+    waiting = [Proposal(action="retrain", reason=str(i), fingerprint=str(i)) for i in range(6)]
+    store.append(waiting)
+    vera = program("vera", "reviewer")
+    vera.post(f"proposals/{waiting[1].id}/decision", json={"verdict": "rejected", "reason": "no"})
+    pages = follow(vera, "proposals/waiting")
+    assert [[p["reason"] for p in page] for page in pages] == [["0", "2"], ["3", "4"], ["5"]]
+
+
+def test_webhooks_come_in_pages_under_their_lasting_ids(program: Program, store: Store) -> None:
+    root = program("root", "admin")
+    ids = [root.post("webhooks", json={"url": f"https://hooks.example/{i}"}).json()["webhook"]["id"] for i in range(5)]
+    assert root.post(f"webhooks/{ids[0]}/revoke").status_code == 200
+    pages = follow(root, "webhooks")
+    assert [len(page) for page in pages] == [2, 2, 1]
+    assert [hook["id"] for page in pages for hook in page] == ids
+
+
 # Admin: nobody gives away more than they have
 
 

@@ -122,6 +122,43 @@ def test_a_full_disk_is_said_and_nothing_is_lost(tmp_path: Path) -> None:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
+def test_a_full_disk_is_507_and_the_service_lives(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi", reason="the extra `serve` is not installed: pip install 'rlhf_workbench[serve]'")
+    from fastapi.testclient import TestClient
+
+    from rlhf_workbench.govern.access import make_token
+    from rlhf_workbench.serve.api import create_app
+    from rlhf_workbench.serve.callers import Service
+
+    disk = tmp_path / "disk"
+    small_disk(disk, "24m")
+    try:
+        with connect(disk / "s.duckdb") as store:
+            bearer = {"Authorization": f"Bearer {make_token(store, 'rob', 'researcher')[1]}"}
+            app = create_app(Service({"pilot": store}))
+            rob = TestClient(app, base_url="http://127.0.0.1:5006/v1/projects/pilot/", headers=bearer)
+            kept: list[str] = []
+            for _ in range(200):
+                answer = rob.post("prompts", json=[{"text": os.urandom(1000).hex()} for _ in range(200)])
+                if answer.status_code != 201:
+                    break
+                kept += answer.json()["ids"]
+            assert answer.status_code == 507, answer.text
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert answer.json()["title"] == "Insufficient Storage"
+            assert "free some space and try again" in answer.json()["detail"]
+            assert "507" in app.openapi()["paths"]["/v1/projects/{project}/prompts"]["post"]["responses"]
+            assert kept
+            assert rob.get(f"prompts/{kept[-1]}").status_code == 200  # it still answers
+            subprocess.run(["mount", "-o", "remount,size=200m", str(disk)], check=True)
+            answer = rob.post("prompts", json={"text": "there is room again"})
+            assert answer.status_code == 201, answer.text
+            assert [p.id for p in store.records(Prompt)] == [*kept, answer.json()["id"]]
+            assert store.verify().is_intact
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=False)
+
+
 def as_nobody(code: str) -> subprocess.CompletedProcess[str]:
     """Run Python as a user who owns nothing, not even the interpreter: so all is imported before."""
     program = (

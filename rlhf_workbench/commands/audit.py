@@ -11,11 +11,13 @@ __all__ = ['moment', 'audit', 'show', 'verify']
 import re
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from .store import KEY_FILE, key_from
 from .verbs import Verbs, rows_of, say, shared, text_of
 from ..core.errors import InputError
 from ..core.schema import RECORDS, utc_now
@@ -50,24 +52,40 @@ def audit() -> None:
     """
 
 
-_TABLE = click.Choice(sorted(kind.table for kind in RECORDS))
+def _table(name: str) -> str:
+    """The name of a table; raises `InputError` with the nearest ones when there is none."""
+    known = sorted(kind.table for kind in RECORDS)
+    if name in known:
+        return name
+    near = get_close_matches(name, known, cutoff=0.5)
+    hint = f"the nearest are {', '.join(near)}" if near else "`rlhfw store info` lists those with rows"
+    raise InputError(f"there is no table {name!r}; {hint}")
 
 
 @audit.verb("Trust")
 @shared
 @click.option("--who", help="Only changes by this actor.")
-@click.option("--what", type=_TABLE, help="Only changes of this table.")
+@click.option("--what", help="Only changes of this table.")
 @click.option("--since", help="A date, a moment, or 12h, 3d, 2w for as long ago.")
 @click.option("--limit", type=click.IntRange(1, 1_000_000), default=50, help="The newest so many.")
-def show(who: str | None, what: str | None, since: str | None, limit: int, store: Path, as_json: bool) -> None:
+@KEY_FILE
+def show(
+    who: str | None,
+    what: str | None,
+    since: str | None,
+    limit: int,
+    key_file: Path | None,
+    store: Path,
+    as_json: bool,
+) -> None:
     """List the changes: who did what to which table, and when.
 
     Example: rlhfw audit show --who ada --what annotation --since 3d
     """
     from rlhf_workbench.store.tables import connect
 
-    start = moment(since) if since else None
-    with connect(store, read_only=True) as opened:
+    start, what = moment(since) if since else None, _table(what) if what else None
+    with key_from(key_file), connect(store, read_only=True) as opened:
         query = f"""SELECT * FROM (SELECT seq, recorded_at, actor, action, table_name, n_rows, hash FROM audit
             WHERE ($who IS NULL OR actor = $who) AND ($what IS NULL OR table_name = $what)
               AND ($start IS NULL OR recorded_at >= $start) ORDER BY seq DESC LIMIT {limit}) ORDER BY seq"""
@@ -95,7 +113,8 @@ def _as_it_is(store: Path, wanted: str | None) -> tuple["AuditReport", bool]:
 @audit.verb("Trust")
 @shared
 @click.option("--head", help="A hash that was printed before: that change must still be there.")
-def verify(head: str | None, store: Path, as_json: bool) -> None:
+@KEY_FILE
+def verify(head: str | None, key_file: Path | None, store: Path, as_json: bool) -> None:
     """Check every change since the beginning; exit code 1 when one was tampered with.
 
     Example: rlhfw audit verify
@@ -104,12 +123,13 @@ def verify(head: str | None, store: Path, as_json: bool) -> None:
     from rlhf_workbench.store.tables import connect
 
     wanted = head.strip().lower() if head else None
-    try:
-        with connect(store, read_only=True) as opened:
-            report = opened.verify()
-            is_there = wanted is None or len(opened.sql("SELECT 1 FROM audit WHERE hash = ?", [wanted])) == 1
-    except (OutdatedError, TamperedError):
-        report, is_there = _as_it_is(store, wanted)
+    with key_from(key_file):
+        try:
+            with connect(store, read_only=True) as opened:
+                report = opened.verify()
+                is_there = wanted is None or len(opened.sql("SELECT 1 FROM audit WHERE hash = ?", [wanted])) == 1
+        except (OutdatedError, TamperedError):
+            report, is_there = _as_it_is(store, wanted)
     good = f"{report.n_changes} changes are intact; head {report.head}"
     bad = (
         f"change {report.broken_seq}: {report.problem}"

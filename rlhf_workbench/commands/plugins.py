@@ -84,19 +84,35 @@ def check(name: str, store: Path, as_json: bool) -> None:
         raise click.exceptions.Exit(1)
 
 # %% ../../nbs/commands/09_plugins.ipynb #7ae3a2f3
+_USUAL = "aggregator"
+
+
+def _ask_kind() -> str:
+    """What the new plugin does, as somebody at the terminal says."""
+    return str(click.prompt("kind", type=click.Choice(list(PROTOCOLS)), default=_USUAL, err=True))
+
+
 @plugins.verb("Plugins")
 @shared
 @click.argument("name")
-@click.option("--kind", type=click.Choice(list(PROTOCOLS)), required=True, help="What it does.")
+@click.option("--kind", type=click.Choice(list(PROTOCOLS)), help="What it does; default: asked for, or aggregator.")
 @click.option("--folder", type=FILE, default=".", help="Where the package gets its folder.")
-def new(name: str, kind: str, folder: Path, store: Path, as_json: bool) -> None:
+def new(name: str, kind: str | None, folder: Path, store: Path, as_json: bool) -> None:
     """Write a small package with a plugin that works; nothing is overwritten.
 
     Example: rlhfw plugins new my-votes --kind aggregator
     """
     from rlhf_workbench.core.packages import new_package
 
+    is_guess = kind is None and not sys.stdin.isatty()
+    kind = kind or (_USUAL if is_guess else _ask_kind())
     made = new_package(name, kind, folder)
-    steps = [f"{made} is ready:", f"  pip install -e {made}", f"  rlhfw plugins check {kind}.{name}"]
+    guess = f"it is an {kind}, because --kind was not given; there are {', '.join(PROTOCOLS)}"
+    steps = [
+        *([guess] if is_guess else []),
+        f"{made} is ready:",
+        f"  pip install -e {made}",
+        f"  rlhfw plugins check {kind}.{name}",
+    ]
     facts = {"name": name, "kind": kind, "folder": made, "files": sorted(path.name for path in made.iterdir())}
     say(as_json, facts, "\n".join(steps))

@@ -114,5 +114,6 @@ def to_change(
     """A store that is there, open; raises `InputError` when it is not: to change a new, empty one is a slip."""
     from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
+    if not store.is_file():
+        raise InputError(f"there is no store {store}; check the path, or make one with `rlhfw serve` or `rlhfw demo`")
     return connect(store, actor=actor)

@@ -20,8 +20,15 @@ from ..core.schema import Delivery, Member, Role, Token
 from ..core.settings import needs_extra
 from ..govern.access import PERMISSIONS, invite, make_token, revoke_member, revoke_token
 from ..govern.delivery import replay
-from ..govern.webhooks import add_webhook, endpoints, find_endpoint, revoke_webhook, rotate_secret
-from .pages import Window, records_after, window
+from rlhf_workbench.govern.webhooks import (
+    Endpoint,
+    add_webhook,
+    endpoints,
+    find_endpoint,
+    revoke_webhook,
+    rotate_secret,
+)
+from .pages import ARRAY, Window, page_shape, records_after, window
 from .web import SECRET, Access, caller, routes
 
 with needs_extra("serve"):
@@ -82,7 +89,7 @@ def create_token(body: NewToken, access: Annotated[Access, caller("token:manage"
     return MadeToken(_view(token), secret)
 
 
-@router.get("/tokens")
+@router.get("/tokens", response_model=page_shape(TokenView, "TokenPage"))
 def list_tokens(access: Annotated[Access, caller("token:manage")], page: Annotated[Window, window()]) -> Any:
     """The tokens, without their secrets, revoked ones too."""
     return page.page(lambda after, n: [_view(token) for token in records_after(access.store, Token, after, n)])
@@ -112,7 +119,7 @@ def invite_member(body: NewMember, access: Annotated[Access, caller("member:mana
     return invite(access.store, body.subject, body.role, body.issuer)
 
 
-@router.get("/members")
+@router.get("/members", response_model=page_shape(Member, "MemberPage"))
 def list_members(access: Annotated[Access, caller("member:read")], page: Annotated[Window, window()]) -> Any:
     """Who was let in, those who were let out again too."""
     return page.page(lambda after, n: records_after(access.store, Member, after, n))
@@ -152,10 +159,14 @@ class NewWebhook(BaseModel):
     description: str = Field(default="", max_length=500)
 
 
-def _shown(access: Access, webhook_id: str) -> WebhookView:
+def _webhook_view(found: Endpoint) -> WebhookView:
     """What may be shown of a webhook."""
-    found = find_endpoint(access.store, webhook_id)
     return WebhookView(found.id, found.url, list(found.events), found.description, found.revoked_at)
+
+
+def _shown(access: Access, webhook_id: str) -> WebhookView:
+    """What may be shown of the webhook with this id."""
+    return _webhook_view(find_endpoint(access.store, webhook_id))
 
 
 @router.post("/webhooks", status_code=201, openapi_extra=SECRET)
@@ -165,10 +176,15 @@ def create_webhook(body: NewWebhook, access: Annotated[Access, caller("webhook:m
     return MadeWebhook(_shown(access, made.id), made.secret)
 
 
-@router.get("/webhooks")
-def list_webhooks(access: Annotated[Access, caller("webhook:manage")]) -> list[WebhookView]:
-    """The webhooks, without their secrets, revoked ones too."""
-    return [_shown(access, endpoint.id) for endpoint in endpoints(access.store)]
+@router.get("/webhooks", response_model=list[WebhookView], responses=ARRAY)
+def list_webhooks(access: Annotated[Access, caller("webhook:manage")], page: Annotated[Window, window()]) -> Any:
+    """The webhooks, without their secrets, revoked ones too; the `Link` header names the next page."""
+
+    def fetch(after: str | None, n: int) -> list[WebhookView]:
+        known = sorted(endpoints(access.store), key=lambda endpoint: endpoint.id)
+        return [_webhook_view(endpoint) for endpoint in known if endpoint.id > (after or "")][:n]
+
+    return page.array(fetch)
 
 
 @router.post("/webhooks/{webhook_id}/rotate", openapi_extra=SECRET)
@@ -185,7 +201,7 @@ def end_webhook(webhook_id: str, access: Annotated[Access, caller("webhook:manag
     return _shown(access, webhook_id)
 
 
-@router.get("/webhooks/{webhook_id}/deliveries")
+@router.get("/webhooks/{webhook_id}/deliveries", response_model=page_shape(Delivery, "DeliveryPage"))
 def list_deliveries(
     webhook_id: str, access: Annotated[Access, caller("webhook:manage")], page: Annotated[Window, window()]
 ) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 from ..core.settings import needs_extra
 from .callers import Service, known_in
+from .examples import complete
 from .limits import Trace
 from .problems import Incidents, install_problems
 
@@ -63,6 +64,7 @@ def describe(
         parts = made.setdefault("components", {})
         parts.setdefault("schemas", {})["Problem"] = _PROBLEM
         parts["securitySchemes"] = _SCHEMES
+        complete(made)
         app.openapi_schema = made
     return app.openapi_schema
 
@@ -107,7 +109,11 @@ def docs_page(
 front = routes("service", prefix="")
 
 
-@front.get("/v1/projects", openapi_extra=PUBLIC)
+_ROLES = {"content": {"application/json": {"example": {"pilot": "researcher"}}}}
+_ITSELF = {"content": {"application/json": {"example": {"openapi": "3.1.0", "info": {"title": _TITLE}, "paths": {}}}}}
+
+
+@front.get("/v1/projects", openapi_extra=PUBLIC, responses={200: _ROLES})
 async def list_projects(request: Request) -> dict[str, str]:
     """The projects in which the caller is known, and the role there; none for strangers."""
     return await run_in_threadpool(known_in, request.app.state.service, request)
@@ -119,7 +125,7 @@ def read_docs(request: Request) -> HTMLResponse:
     return HTMLResponse(docs_page(request.app.openapi()), headers={"Content-Security-Policy": _POLICY})
 
 
-@front.get("/openapi.json", openapi_extra=PUBLIC)
+@front.get("/openapi.json", openapi_extra=PUBLIC, responses={200: _ITSELF})
 def read_openapi(request: Request) -> dict[str, Any]:
     """This description as an OpenAPI document."""
     return dict(request.app.openapi())

@@ -58,7 +58,7 @@ async def _whole_body(request: Request) -> bytes:
     "/store/{call}",
     openapi_extra=_BODY,
     response_class=Response,
-    responses={code: {"content": {WIRE: _MESSAGE}} for code in (200, 404, 409, 422)},
+    responses={code: {"content": {WIRE: _MESSAGE}} for code in (200, 404, 409, 422, 507)},
 )
 def call_store(
     access: Annotated[Access, caller("store:read")],

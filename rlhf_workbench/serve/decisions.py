@@ -10,12 +10,13 @@ __all__ = ['router', 'ProposalState', 'list_waiting', 'read_proposal_state', 'Ve
 
 # %% ../../nbs/serve/42_decisions.ipynb #58870977
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from ..core.schema import Alert, Decision, Proposal
 from ..core.settings import needs_extra
-from ..govern.alerts import Severity, acknowledge, open_alerts, raise_alert, resolve
+from ..govern.alerts import Severity, acknowledge, open_alerts, raise_alert, resolve, urgency
 from ..govern.approval import decide
+from .pages import ARRAY, Window, window
 from .web import Access, caller, routes
 
 with needs_extra("serve"):
@@ -33,11 +34,19 @@ class ProposalState:
     decision: Decision | None  # None: it waits
 
 
-@router.get("/proposals/waiting")
-def list_waiting(access: Annotated[Access, caller("proposal:read")]) -> list[Proposal]:
-    """The proposals that nobody has decided, the oldest first."""
-    decided = {decision.proposal_id for decision in access.store.records(Decision)}
-    return [proposal for proposal in access.store.records(Proposal) if proposal.id not in decided]
+_WAITING = """SELECT id FROM current_proposal ANTI JOIN current_decision AS decided ON decided.proposal_id = current_proposal.id
+    WHERE id > ? ORDER BY id LIMIT ?"""
+
+
+@router.get("/proposals/waiting", response_model=list[Proposal], responses=ARRAY)
+def list_waiting(access: Annotated[Access, caller("proposal:read")], page: Annotated[Window, window()]) -> Any:
+    """The proposals that nobody has decided, the oldest first; the `Link` header names the next page."""
+
+    def fetch(after: str | None, n: int) -> list[Proposal]:
+        ids = access.store.sql(_WAITING, [after or "", n])["id"].tolist()
+        return access.store.records(Proposal, id=ids) if ids else []
+
+    return page.array(fetch)
 
 
 @router.get("/proposals/{proposal_id}/state")
@@ -81,10 +90,10 @@ class Because(BaseModel):
     reason: str = Field(default="", max_length=20_000)
 
 
-@router.get("/alerts/open")
-def list_open_alerts(access: Annotated[Access, caller("alert:read")]) -> list[Alert]:
-    """Every alert that nobody has resolved, the most severe first."""
-    return open_alerts(access.store)
+@router.get("/alerts/open", response_model=list[Alert], responses=ARRAY)
+def list_open_alerts(access: Annotated[Access, caller("alert:read")], page: Annotated[Window, window()]) -> Any:
+    """Every alert that nobody has resolved, the most severe first; the `Link` header names the next page."""
+    return page.array(lambda after, n: open_alerts(access.store, after=after or "", limit=n), urgency)
 
 
 @router.post("/alerts/raise", status_code=201)

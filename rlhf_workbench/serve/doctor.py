@@ -6,7 +6,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/serve/doctor.html.md"""
 
 # %% auto #0
 __all__ = ['check_writable', 'check_cache', 'check_private', 'check_owner', 'check_disk', 'check_machine', 'check_port',
-           'examine']
+           'check_plain_files', 'examine']
 
 # %% ../../nbs/serve/51_doctor.ipynb #77a5c51e
 import os
@@ -30,6 +30,7 @@ from rlhf_workbench.serve.installation import (
     check_versions,
 )
 from ..store.encryption import find_key
+from ..store.inventory import plain_files
 from ..store.owner import owner_file, read_owner
 
 # %% ../../nbs/serve/51_doctor.ipynb #539a6d4f
@@ -162,6 +163,18 @@ def check_port(
     how = "open that service if it is ours, stop it, or choose another port (rlhfw serve --port 0: any free one)"
     return Finding("port", "warning", said, "rlhfw serve cannot listen there", how)
 
+# %% ../../nbs/serve/51_doctor.ipynb #819b2d6a
+def check_plain_files(
+    store: Path,
+) -> list[Finding]:  # none when the store is plain, or nothing lies beside it
+    """Whether files beside an encrypted store can be read without its key."""
+    found = plain_files(store)
+    if not found:
+        return []
+    said = f"the store is encrypted, {len(found)} files in {store.with_suffix('.files')} are not"
+    how = "keep that folder on an encrypted disk, or remove what is not needed"
+    return [Finding("plain files", "warning", said, "whoever has the disk reads weights and reports", how)]
+
 # %% ../../nbs/serve/51_doctor.ipynb #8b831656
 def _files(store: Path) -> list[Finding]:
     """Rights of the files of a store."""
@@ -183,7 +196,8 @@ def examine(
     checks: list[tuple[str, Callable[[], Finding | Sequence[Finding]]]] = [
         *(("python", check_python), ("versions", check_versions), ("extensions", check_extensions)),
         *(("extras", check_extras), ("copies", check_copies), ("plugins", check_plugins), ("cache", check_cache)),
-        *(("files", lambda: _files(file)), ("owner", lambda: check_owner(file)), ("disk", lambda: check_disk(file))),
+        *(("files", lambda: _files(file)), ("plain files", lambda: check_plain_files(file))),
+        *(("owner", lambda: check_owner(file)), ("disk", lambda: check_disk(file))),
         *(("machine", check_machine), ("port", lambda: check_port(port))),
     ]
     found: list[Finding] = []

@@ -49,13 +49,25 @@ def _visible(request: Request) -> Mapping[str, Store]:
     return found
 
 # %% ../../nbs/serve/46_health.ipynb #4536af60
-@router.get("/healthz", openapi_extra=PUBLIC)
+_READY = {"content": {"application/json": {"example": {"status": "ready"}}}}
+
+
+@router.get(
+    "/healthz",
+    openapi_extra=PUBLIC,
+    responses={200: {"content": {"application/json": {"example": {"status": "alive"}}}}},
+)
 def is_alive() -> dict[str, str]:
     """The process lives."""
     return {"status": "alive"}
 
 
-@router.get("/readyz", openapi_extra=PUBLIC, responses={503: {"description": "Something is in the way."}})
+@router.get(
+    "/readyz",
+    openapi_extra=PUBLIC,
+    response_model=dict[str, str],
+    responses={200: _READY, 503: {"description": "Something is in the way."}},
+)
 def is_ready(request: Request) -> Any:
     """The stores are open and can be written; who may read metrics learns what is in the way."""
     problems = unready(request.app.state.service.projects)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from ..core.errors import WorkbenchError
+from ..core.errors import WorkbenchError, is_full
 from ..core.settings import needs_extra
 from ..store.wire import STATUS
 
@@ -107,6 +107,9 @@ def install_problems(
 _log = logging.getLogger("rlhf_workbench.serve")
 
 
+_NO_ROOM = "the disk of the service is full; tell whoever runs it, and send this again when there is room"
+
+
 class Incidents:
     """ASGI: turns an unexpected exception into a problem with a number that the log has too."""
 
@@ -126,7 +129,9 @@ class Incidents:
 
         try:
             await self.app(scope, receive, note)
-        except Exception:
+        except Exception as error:
+            if is_full(error) and not has_begun:
+                return await problem(507, _NO_ROOM)(scope, receive, send)
             number = secrets.token_hex(6)
             _log.exception("incident %s: %s %s", number, scope["method"], scope["path"])
             if has_begun:

@@ -12,7 +12,9 @@ __all__ = ['RESOURCES', 'plural', 'write_new', 'add_reading', 'export', 'Written
 import inspect
 import json
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
+from io import BufferedReader
 from tempfile import SpooledTemporaryFile
 from typing import IO, Annotated, Any
 
@@ -50,6 +52,7 @@ from rlhf_workbench.core.schema import (
     TrialLook,
     columns,
 )
+from ..core.sealing import SealedReader, SealedWriter, new_key
 from ..core.settings import needs_extra
 from rlhf_workbench.serve.bulk import (
     ARROW,
@@ -63,16 +66,16 @@ from rlhf_workbench.serve.bulk import (
     read_lines,
     write_table,
 )
-from .pages import Window, records_after, window
+from .pages import Window, page_shape, records_after, window
 from .problems import problem
 from .receipts import reply
 from .shapes import ANNOTATED, example, field_type, one_or_many, shape
 from .web import PROBLEM_CONTENT, PROJECT, Access, caller, routes
 from ..store.bulk import LineErrors
+from ..store.encryption import is_encrypted
 from ..store.tables import Store
 
 with needs_extra("serve"):
-    import pydantic
     from fastapi import APIRouter, Body, Path, Query, Request
     from starlette.concurrency import run_in_threadpool
     from starlette.exceptions import HTTPException
@@ -156,13 +159,6 @@ def _given(equals: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in equals.items() if value is not None}
 
 
-def _page_shape(kind: type[Record]) -> Any:
-    """A page of a list, for the OpenAPI."""
-    following = pydantic.Field(description="`cursor` of the next page; null: this is the last")
-    docs: dict[str, Any] = {"items": (list[shape(kind)], ...), "next": (str | None, following)}  # type: ignore[misc]
-    return pydantic.create_model(f"{kind.__name__}Page", __doc__="A page of a list.", **docs)
-
-
 def add_reading(
     router: APIRouter,
     kind: type[Record],
@@ -189,8 +185,11 @@ def add_reading(
         [who, _parameter("request", Request), *filters],
     )
     read_one.__doc__ = f"One of the {name}, also when it was corrected since."
-    router.get(f"/{name}", operation_id=f"list_{plain}", response_model=_page_shape(kind))(list_them)
-    forms = {form: {"schema": {"type": "string", "format": "binary"}} for form in WRITERS}
+    router.get(
+        f"/{name}", operation_id=f"list_{plain}", response_model=page_shape(shape(kind), f"{kind.__name__}Page")
+    )(list_them)
+    forms: dict[str, Any] = {form: {"schema": {"type": "string", "format": "binary"}} for form in WRITERS}
+    forms[LINES]["example"] = json.dumps(example(kind, is_whole=True)) + "\n"
     unfit = {"description": "No form that is accepted is known here.", "content": PROBLEM_CONTENT}
     answers: dict[int | str, dict[str, Any]] = {200: {"description": "The rows.", "content": forms}, 406: unfit}
     settings: dict[str, Any] = {"response_class": StreamingResponse, "responses": answers}
@@ -295,14 +294,29 @@ async def upload(
     form = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if form not in _READERS:
         raise HTTPException(415, f"an upload is {ARROW} or {LINES}, got {form or 'no type'}")
-    with SpooledTemporaryFile(max_size=_IN_MEMORY) as file:
+    path = access.store.path
+    key = new_key() if path and is_encrypted(path) else None
+    with SpooledTemporaryFile(max_size=_IN_MEMORY) as spool, _sealing(spool, key) as file:
         try:
             async for chunk in request.stream():
                 file.write(chunk)
         except ClientDisconnect:
             raise HTTPException(400, "the upload ended too early; nothing was written") from None
-        file.seek(0)
-        return await run_in_threadpool(_write, access, kind, form, file)
+        return await run_in_threadpool(_write, access, kind, form, _reading(spool, file, key))
+
+
+def _sealing(spool: IO[bytes], key: str | None) -> Any:
+    """Where an upload is written: into the spool, sealed when there is a key."""
+    return nullcontext(spool) if key is None else SealedWriter(spool, key, "upload")
+
+
+def _reading(spool: IO[bytes], file: Any, key: str | None) -> IO[bytes]:
+    """The upload from its beginning."""
+    if key is None:
+        spool.seek(0)
+        return spool
+    file.close()  # writes the last piece
+    return BufferedReader(SealedReader(spool, key, "upload", "the upload"))
 
 
 def _write(access: Access, kind: type[Record], form: str, file: IO[bytes]) -> Response:

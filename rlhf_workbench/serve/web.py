@@ -263,6 +263,7 @@ _PROBLEMS = {
     422: "The request does not fit.",
     429: "Too many requests; `Retry-After` says when to come back.",
     500: "Something went wrong here; the log has it under the number given.",
+    507: "The disk is full and nothing was written; the same request can be sent again when there is room.",
 }
 PROBLEM_CONTENT = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
 _KEY_HEADER = {
@@ -285,7 +286,7 @@ def _document(
 ) -> dict[str, Any]:  # settings of the route, complete
     """Say in the OpenAPI what follows from the rule and the method."""
     statuses = {422, 429, 500} | ({401, 403, 404} if permission else set()) | ({404} if has_path else set())
-    statuses |= {400, 408, 409, 413, 415} if is_write else set()
+    statuses |= {400, 408, 409, 413, 415, 507} if is_write else set()
     known = {code: {"description": _PROBLEMS[code], "content": PROBLEM_CONTENT} for code in sorted(statuses)}
     text = inspect.cleandoc(endpoint.__doc__ or "")
     if permission:

@@ -18,7 +18,7 @@ from pathlib import Path
 import duckdb
 import psutil
 
-from ..core.errors import InputError, MissingError, StateError
+from ..core.errors import FullError, InputError, MissingError, StateError, is_full
 from ..core.schema import utc_now
 from ..core.sealing import Key
 from .audit import AuditReport, verify
@@ -115,7 +115,8 @@ def backup(
         part.rename(target)
         sync_path(target.parent)
     except OSError as error:
-        raise StateError(f"the backup {target} could not be written: {error.strerror or error}") from error
+        kind = FullError if is_full(error) else StateError
+        raise kind(f"the backup {target} could not be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return manifest

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import duckdb
 
-from ..core.errors import StateError
+from ..core.errors import FullError, StateError, is_full
 from ..core.sealing import Key
 from .audit import AuditReport, verify
 from .encryption import open_database
@@ -137,7 +137,7 @@ def _require_space(con: duckdb.DuckDBPyConnection, folder: Path) -> None:
     query = "SELECT block_size * used_blocks FROM pragma_database_size() WHERE database_name = current_database()"
     needed, free = con.execute(query).fetchall()[0][0], shutil.disk_usage(folder).free
     if needed > free:
-        raise StateError(f"the copy needs {needed:,} bytes and {folder} has {free:,} left; make room there")
+        raise FullError(f"the copy needs {needed:,} bytes and {folder} has {free:,} left; make room there")
 
 
 def copy_database(
@@ -162,7 +162,8 @@ def copy_database(
         return expected, _check_copy(path, key, expected)
     except (duckdb.Error, OSError) as error:
         remove_database(path)
-        raise StateError(f"the copy {path} could not be written: {str(error).splitlines()[0]}") from error
+        kind = FullError if is_full(error) else StateError
+        raise kind(f"the copy {path} could not be written: {str(error).splitlines()[0]}") from error
     except BaseException:
         remove_database(path)
         raise

@@ -22,7 +22,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from ..core.errors import StateError
+from ..core.errors import FullError, StateError, is_full
 from ..core.schema import RECORDS, Record, columns, new_id, utc_now
 from .audit import START, AuditReport, HeadFile, link_hash, verify
 from .changes import Change, Rows, column_lists, merged_rows
@@ -399,7 +399,8 @@ class Engine:
         if self._broken:
             self._reopen()
         if self._broken:
-            raise StateError(
+            kind = FullError if is_full(self._broken) else StateError
+            raise kind(
                 f"{self.path} cannot be opened again: {self._broken}; nothing acknowledged is lost, mend that and try again"
             )
 
@@ -407,8 +408,9 @@ class Engine:
         """The database's complaint as one of ours."""
         if isinstance(error, duckdb.Error):
             first = str(error).splitlines()[0]
-            what = "free some space and try again" if "space" in first.lower() else "nothing of it is in the store"
-            return StateError(f"the write to {self.path or 'memory'} failed: {first}; {what}")
+            what = "free some space and try again" if is_full(error) else "nothing of it is in the store"
+            kind = FullError if is_full(error) else StateError
+            return kind(f"the write to {self.path or 'memory'} failed: {first}; {what}")
         return error
 
     # -- beside the records

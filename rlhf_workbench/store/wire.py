@@ -22,7 +22,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from ..core.errors import DeniedError, InputError, MissingError, StateError, WorkbenchError
+from ..core.errors import DeniedError, FullError, InputError, MissingError, StateError, WorkbenchError
 from ..core.schema import PRIVATE, RECORDS, Record, new_id
 from .backend import EngineBackend
 from .bulk import complete_table
@@ -78,7 +78,13 @@ def unpack(
     return head, table
 
 # %% ../../nbs/store/18_wire.ipynb #b22e052d
-STATUS: dict[type[WorkbenchError], int] = {InputError: 422, MissingError: 404, DeniedError: 403, StateError: 409}
+STATUS: dict[type[WorkbenchError], int] = {
+    InputError: 422,
+    MissingError: 404,
+    DeniedError: 403,
+    FullError: 507,  # before the kind of which it is one
+    StateError: 409,
+}
 
 
 def pack_error(
