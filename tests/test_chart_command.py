@@ -204,3 +204,9 @@ def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert {"show", "freeze", "watch", "signals", "note"} <= set(text.split())
     assert "$ rlhfw chart gold_accuracy --by annotator" in text
+
+
+def test_a_chart_of_shares_without_sizes_names_the_option(refused: Any, juice: Path) -> None:
+    assert "kind p needs the size of each sample; name its column, or one number for all, with --n" in refused(
+        juice, "--value", "wrong", "--kind", "p"
+    )

@@ -23,7 +23,7 @@ from rlhf_workbench.core.errors import InputError, StateError
 from rlhf_workbench.core.schema import Alert, DriftEvent, Observation, StreamState
 from rlhf_workbench.monitor.accuracy import Score, prequential_errors, score_alarms, simulate_stream
 from rlhf_workbench.monitor.backtest import backtest_stream, scan_values
-from rlhf_workbench.monitor.budget import calibrate_threshold, false_alarm_rate, threshold_for
+from rlhf_workbench.monitor.budget import calibrate_threshold, false_alarm_rate, independence_p, threshold_for
 from rlhf_workbench.monitor.confirmation import ChangeWatch, Notice, find_changes, second_opinions
 from rlhf_workbench.monitor.detectors import SETTINGS, StreamDetector
 from rlhf_workbench.monitor.likelihood import Stretch, split_evidence
@@ -714,6 +714,216 @@ def test_two_services_of_which_one_is_killed_again_and_again_raise_each_alert_on
         assert len(alarms) >= 2
         assert [a.source_id for a in store.records(Alert)] == alarms.tolist()
         assert store.verify().is_intact
+
+
+# What is promised, and what is said about it
+
+
+def _bursts(seed: int, n: int, run: int = 4) -> np.ndarray:
+    return np.repeat(_errors(seed, (0.1, n // run)), run)
+
+
+def test_where_errors_come_in_bursts_what_the_output_promises_is_kept(tmp_path: Path) -> None:
+    """Six quiet streams of 10,000: without what is learnt from them there are 40 to 90 alarms."""
+    promised = fired = 0.0
+    for seed in range(6):
+        found = scan_values(_bursts(seed, 10_000))
+        assert found.expected_false is not None
+        assert found.is_most
+        promised, fired = promised + found.expected_false, fired + len(found.alarms)
+    assert fired <= promised == pytest.approx(6)
+    np.savez(tmp_path / "x.npz", wrong=_bursts(0, 10_000))
+    facts = _said(str(tmp_path / "x.npz"), "--error", "wrong")
+    assert "the threshold was learnt from the 1500 values of the quiet period" in facts["notes"][0]
+    careless = _said(str(tmp_path / "x.npz"), "--error", "wrong", "--reference-rows", "0")
+    assert len(careless["alarms"]) > 5 * max(1, len(facts["alarms"]))
+    assert careless["expected_false_alarms"] is None
+    assert "no budget is promised: values depend" in careless["notes"][0]
+
+
+def test_errors_that_come_one_by_one_are_judged_as_before(tmp_path: Path) -> None:
+    for seed in range(5):
+        stream = simulate_stream("abrupt", seed).errors
+        usual, free = scan_values(stream), scan_values(stream, reference=0)
+        assert (usual, usual.notes) == (free, ())
+        assert find_changes(stream, ChangeWatch(learns=True)) == find_changes(stream, ChangeWatch())
+
+
+def test_a_step_among_the_first_values_is_not_taken_for_dependence() -> None:
+    found = scan_values(_errors(0, (0.1, 300), (0.5, 700)))
+    assert [300 <= a.index < 340 for a in found.alarms] == [True]
+    assert independence_p(_errors(0, (0.1, 300), (0.5, 200))) > 0.01 > independence_p(_bursts(0, 500))
+
+
+@pytest.mark.parametrize("cut", [1, 199, 200, 350, 500, 1200, 1500, 1600])
+def test_a_watch_that_learns_remembers_what_it_has_learnt(cut: int) -> None:
+    stream = np.concatenate([_bursts(1, 2000, 3), _errors(2, (0.9, 200))])
+    whole, part, again = ChangeWatch(learns=True), ChangeWatch(learns=True), ChangeWatch(learns=True)
+    expected = whole.take(stream)
+    first = part.take(stream[:cut])
+    again.restore(_json(part.state()))
+    assert first + again.take(stream[cut:]) == expected
+    assert again.state() == whole.state()
+    assert again.threshold > ChangeWatch().threshold + 3
+    assert again.alarm_rate == again.budget
+
+
+def test_the_service_learns_how_errors_come() -> None:
+    """One stream of 6,000 in bursts: far fewer alarms than a watch raises that takes them one by one."""
+    values = _bursts(0, 6000)
+    with connect(":memory:") as store:
+        watch = ObservationWatch(store)
+        for part in np.array_split(values, 9):
+            store.append([Observation(stream="s", value=v) for v in part])
+            watch.look()
+        fired = len(store.records(DriftEvent, is_confirmed=True))
+        assert _told(store) == _in_one_pass(values, "errors")
+    assert len(find_changes(values)[0]) >= 4 * max(1, fired)
+
+
+@pytest.mark.parametrize(("words", "n"), [(["--reference-rows", "150"], 150), (["--reference", "few.npz"], 10)])
+def test_a_reference_too_short_to_learn_from_is_refused(
+    words: list[str], n: int, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.savez("x.npz", wrong=_errors(0, (0.1, 900)))
+    np.savez("few.npz", wrong=_errors(0, (0.5, 10)))
+    assert main(["drift", "x.npz", "--error", "wrong", *words]) == 2
+    assert f"the reference has {n} values, needs 200" in capsys.readouterr().err
+    with connect(":memory:") as store, pytest.raises(InputError, match="has 150 values, needs 200"):
+        ObservedStream(store, "s", reference=150)
+
+
+def test_a_short_reference_of_scores_says_what_it_is_not_enough_for(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", score=np.random.default_rng(0).normal(size=900))
+    facts = _said(str(tmp_path / "x.npz"), "--error", "score", "--reference-rows", "150")
+    assert "the 150 values of the reference are enough for a scale and too few" in facts["notes"][0]
+
+
+def test_the_smallest_and_the_largest_budget_are_taken(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    np.savez(tmp_path / "x.npz", wrong=_errors(0, (0.1, 900), (0.9, 300)))
+    for budget in ("1e-9", "0.01"):
+        assert len(_said(str(tmp_path / "x.npz"), "--error", "wrong", "--budget", budget)["alarms"]) >= 1
+    for budget in ("9e-10", "0.011"):
+        assert main(["drift", str(tmp_path / "x.npz"), "--error", "wrong", "--budget", budget]) == 2
+        assert f"from 1e-9 to 0.01, got {budget}" in capsys.readouterr().err
+
+
+def test_a_constant_is_said_to_be_one_and_no_reference_is_blamed(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    late = np.r_[np.full(500, 0.7), np.random.default_rng(0).normal(size=500)]
+    np.savez(tmp_path / "x.npz", flat=np.full(1000, 0.7), late=late)
+    facts = _said(str(tmp_path / "x.npz"), "--error", "flat")
+    assert (facts["alarms"], len(facts["notes"])) == ([], 1)
+    assert "all values are the same" in facts["notes"][0]
+    assert main(["drift", str(tmp_path / "x.npz"), "--error", "late"]) == 2
+    assert "the first 500 values are all 0.7" in capsys.readouterr().err
+
+
+def test_labels_are_not_silently_watched_as_scores(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    pd.DataFrame({"label": 2 * _errors(0, (0.3, 900)).astype(int)}).to_csv(path, index=False)
+    facts = _said(str(path), "--error", "label")
+    assert "taken as scores, since the values are 0, 2: errors are 0 and 1" in facts["notes"][0]
+    assert "in 900 scores" in CliRunner().invoke(drift, [str(path), "--error", "label"]).stdout
+    np.savez(tmp_path / "x.npz", score=np.random.default_rng(0).normal(size=900))
+    assert not _said(str(tmp_path / "x.npz"), "--error", "score")["notes"]
+
+
+@pytest.mark.parametrize(
+    ("times", "said"),
+    [
+        (["2026-1-9", "2026-1-10", "2026-1-11"], None),
+        (["9.1.2026", "10.1.2026", "13.1.2026"], None),
+        (["9", "10", "11"], None),
+        (["2026-01-09T10:00:00Z", "2026-01-09T10:00:00.5Z", "2026-01-10"], None),
+        (["2026-1-10", "2026-1-9", "2026-1-11"], "time runs backwards at row 1: at is 2026-1-9 after 2026-1-10"),
+        (["2026-1-9", None, "2026-1-11"], "the time of row 1 is missing (and 0 more"),
+        (["first", "second", "third"], "at is text that is no date at row 0 ('first')"),
+    ],
+)
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_times_in_text_are_read_as_times(
+    suffix: str, times: list[Any], said: str | None, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path, table = tmp_path / f"x.{suffix}", pd.DataFrame({"at": [t for t in times for _ in range(40)]})
+    table["wrong"] = _errors(0, (0.1, 120)).astype(int)
+    said = said and said.replace("row 1", "row 40").replace("0 more", "39 more")
+    table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+    assert main(["drift", str(path), "--error", "wrong", "--time", "at"]) == (2 if said else 0)
+    assert (said or "") in capsys.readouterr().err
+
+
+def test_a_missing_time_is_said_to_be_missing_and_a_column_may_be_its_own_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path, at = tmp_path / "x.parquet", pd.Series(pd.date_range("2026-01-01", periods=100))
+    pd.DataFrame({"at": at.where(at.index != 7), "wrong": np.repeat([0, 1], 50)}).to_parquet(path)
+    assert main(["drift", str(path), "--error", "wrong", "--time", "at"]) == 2
+    assert "the time of row 7 is missing" in capsys.readouterr().err
+    assert len(_said(str(path), "--error", "wrong", "--time", "wrong")["alarms"]) == 1
+
+
+def test_detectors_are_found_in_any_case_and_the_nearest_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    np.savez(tmp_path / "x.npz", wrong=_errors(0, (0.1, 600), (0.9, 100)))
+    for name, known in (("cusum", "CUSUM"), ("page-hinkley", "Page-Hinkley"), ("hddma", "HDDMA")):
+        assert _said(str(tmp_path / "x.npz"), "--error", "wrong", "--detector", name)["alarms"][0]["detectors"] == [
+            known
+        ]
+    assert _said(str(tmp_path / "x.npz"), "--error", "wrong", "--detector", "Auto")["threshold"] > 0
+    assert main(["drift", str(tmp_path / "x.npz"), "--error", "wrong", "--detector", "adwinn"]) == 2
+    assert "there is no detector 'adwinn'; did you mean 'ADWIN'?" in capsys.readouterr().err
+
+
+def test_the_command_says_what_other_settings_would_have_fired(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    errors = _errors(3, (0.1, 1500), (0.5, 300))
+    path = tmp_path / "x.npz"
+    np.savez(path, wrong=errors, score=np.random.default_rng(0).normal(size=1800))
+    facts = _said(str(path), "--error", "wrong", "--backtest", "--budget", "1e-3")
+    tried = [(one["detector"], one["budget"], one["k"]) for one in facts["backtest"]]
+    assert tried == [
+        *(("auto", pytest.approx(b), 2) for b in (1e-3, 1e-2, 1e-4)),
+        *(("auto", 1e-3, k) for k in (1, 3)),
+        *((name, 1e-3, 2) for name in ("CUSUM", "HDDM-A")),
+    ]
+    for one in facts["backtest"]:
+        found = scan_values(errors, one["detector"], budget=one["budget"], k=one["k"])
+        assert one["fired_at"] == [a.index for a in found.alarms]
+        assert (one["fired"], one["expected_false"]) == (len(found.alarms), pytest.approx(found.expected_false))
+    said = CliRunner().invoke(drift, [str(path), "--error", "wrong", "--backtest"]).stdout
+    assert said.splitlines()[0].split() == ["detector", "budget", "k", "fired", "false", "expected", "at", "rows"]
+    assert len(said.splitlines()) >= 9
+    scores = _said(str(path), "--error", "score", "--backtest")
+    assert {one["detector"] for one in scores["backtest"]} == {"auto"}, "single detectors need 0 to 1"
+    assert main(["drift", str(path), "--backtest"]) == 2
+    assert "name its column with --error" in capsys.readouterr().err
+
+
+def test_rows_of_a_backtest_are_those_of_the_file(tmp_path: Path) -> None:
+    holes = np.insert(_errors(0, (0.1, 600), (0.9, 200)), np.zeros(100, dtype=int), np.nan)
+    np.savez(tmp_path / "x.npz", wrong=holes)
+    facts = _said(str(tmp_path / "x.npz"), "--error", "wrong", "--skip-missing", "--backtest")
+    assert all(700 <= one["fired_at"][0] < 740 for one in facts["backtest"])
+
+
+@pytest.mark.parametrize("n", [0, 5])
+def test_too_few_rows_are_no_missing_drift(n: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    old = pd.DataFrame({"length": rng.normal(size=500), "reward": rng.normal(size=500), "topic": ["a", "b"] * 250})
+    old.to_csv(tmp_path / "old.csv", index=False)
+    old.head(n).to_csv(tmp_path / "new.csv", index=False)
+    words = [str(tmp_path / "new.csv"), "--reference", str(tmp_path / "old.csv")]
+    said, facts = CliRunner().invoke(drift, words, catch_exceptions=False).stdout, _said(*words)
+    assert f"0 of 0 features changed, not enough data for 3 more; 500 rows against {n}" in said
+    assert "not enough data for 3 of 3 features" in facts["notes"][-1]
+    assert "this does not mean no drift" in said
+
+
+def test_a_feature_named_twice_is_compared_once(tmp_path: Path) -> None:
+    pd.DataFrame({"reward": np.arange(100.0)}).to_csv(tmp_path / "x.csv", index=False)
+    facts = _said(str(tmp_path / "x.csv"), "--reference", str(tmp_path / "x.csv"), "--features", "reward,reward")
+    assert [one["feature"] for one in facts["features"]] == ["reward"]
 
 
 # A classifier that goes on learning

@@ -61,10 +61,15 @@ def _read_table(file: str) -> "pd.DataFrame":
 
 
 def _of_file(
-    file: str, value: tuple[str, ...], settings: dict[str, Any], size: str | None, **columns: Any
+    file: str,
+    value: tuple[str, ...],
+    settings: dict[str, Any],
+    size: str | None,
+    kind: str | None,
+    **columns: Any,
 ) -> tuple["Chart", list[Any]]:
     """The chart of a table file, and a label for each point."""
-    from rlhf_workbench.monitor.spc import chart_table
+    from rlhf_workbench.monitor.spc import chart_table, find_kind
 
     if not value:
         raise InputError("name the column to chart with --value; several are for --kind t2 and mewma")
@@ -72,8 +77,12 @@ def _of_file(
     sizes: str | float | None = size
     if size is not None and size not in table.columns and size.replace(".", "", 1).isdigit():
         sizes = float(size)
+    if size is None and kind is not None and find_kind(kind).takes == "sized counts":
+        raise InputError(
+            f"a chart of kind {kind} needs the size of each sample; name its column, or one number for all, with --n"
+        )
     limits = {name: settings.pop(name) for name in _GIVEN if name in settings} or None
-    found = chart_table(table, value, sizes=sizes, limits=limits, **columns, **settings)
+    found = chart_table(table, value, kind=kind, sizes=sizes, limits=limits, **columns, **settings)
     return found.chart, found.labels
 
 

@@ -15,27 +15,47 @@ from typing import Any
 
 import click
 
-from .verbs import FILE, existing_file, say, shared
+from .verbs import FILE, existing_file, rows_of, say, shared
 from ..core.errors import InputError
 
 # %% ../../nbs/commands/11_drift.ipynb #cfe929f9
-_CONSTANT = "all values are the same: nothing can change in them; check the column"
+def _streams(path: Path, column: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """A stream of a file, and what its quiet period is."""
+    from rlhf_workbench.monitor.stream_files import read_stream
+
+    how = {name: options[name] for name in ("time", "skip_missing")}
+    stream, reference = read_stream(path, column, **how), options["reference_rows"]
+    if options["reference"] is not None:
+        reference = read_stream(Path(existing_file(options["reference"])), column, **how).values
+    return stream, reference
+
+
+def _remarks(values: Any, kind: str) -> list[str]:
+    """What the user should know about the values themselves."""
+    import numpy as np
+
+    from rlhf_workbench.monitor.backtest import CONSTANT
+
+    known = np.unique(values)
+    if len(known) == 1:
+        return [CONSTANT]
+    if kind == "scores" and len(known) <= 10 and (known == np.round(known)).all():
+        found = ", ".join(f"{value:g}" for value in known)
+        return [
+            f"taken as scores, since the values are {found}: errors are 0 and 1; "
+            "if these are labels, write 1 where the label is wrong and 0 where it is right"
+        ]
+    return []
 
 
 def _watch(path: Path, column: str, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """The facts about a stream, and the same in words."""
     from rlhf_workbench.monitor.backtest import scan_values
-    from rlhf_workbench.monitor.stream_files import read_stream
 
     begin = time.perf_counter()
-    how = {name: options[name] for name in ("time", "skip_missing")}
-    stream = read_stream(path, column, **how)
-    reference = options["reference_rows"]
-    if options["reference"] is not None:
-        reference = read_stream(Path(existing_file(options["reference"])), column, **how).values
+    stream, reference = _streams(path, column, options)
     settings = {name: options[name] for name in ("detector", "budget", "k", "seed")}
     found = scan_values(stream.values, reference=reference, **settings)
-    is_constant = bool((stream.values == stream.values[0]).all())
     facts = {
         "n": len(stream.values),
         "kind": found.kind,
@@ -43,10 +63,11 @@ def _watch(path: Path, column: str, options: dict[str, Any]) -> tuple[dict[str, 
         "settings": found.settings,
         "threshold": found.threshold,
         "expected_false_alarms": found.expected_false,
+        "is_most": found.is_most,
         "alarms": [_alarm(change, stream, found.kind) for change in found.alarms],
         "warnings": [_alarm(change, stream, found.kind) for change in found.warnings],
         "missing": stream.n_missing,
-        "notes": [*found.notes, *([_CONSTANT] if is_constant else [])],
+        "notes": list(dict.fromkeys([*found.notes, *_remarks(stream.values, found.kind)])),
         "seconds": round(time.perf_counter() - begin, 3),
     }
     return facts, _in_words(facts)
@@ -72,10 +93,57 @@ def _in_words(facts: dict[str, Any]) -> str:
             f"row {a['index']}: {what} since row {a['start']}, {a['before']:.3g} → {a['after']:.3g}{sure} ({who}){end}"
         )
     expected = facts["expected_false_alarms"]
-    most = "" if facts["detector"] == "auto" else "at most "
+    most = "at most " if facts["is_most"] else ""
     promise = "" if expected is None else f", {most}{expected:.2g} false ones expected"
-    lines.append(f"{len(facts['alarms'])} alarms in {facts['n']} values{promise}; {facts['seconds']} s")
+    what = "errors (0 and 1)" if facts["kind"] == "errors" else "scores"
+    lines.append(f"{len(facts['alarms'])} alarms in {facts['n']} {what}{promise}; {facts['seconds']} s")
     return "\n".join([*lines, *facts["notes"]])
+
+# %% ../../nbs/commands/11_drift.ipynb #d1f9f0a1
+def _settings_to_try(values: Any, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """The user's settings, and those beside them."""
+    budgets = [budget for budget in (own["budget"] * 10, own["budget"] / 10) if 1e-9 <= budget <= 1e-2]
+    usual = {"detector": "auto", "budget": own["budget"], "k": own["k"]}
+    tried = [{name: own[name] for name in usual}, usual, *(usual | {"budget": budget} for budget in budgets)]
+    tried += [usual | {"k": k} for k in (1, 3)]
+    if values.min() >= 0 and values.max() <= 1:
+        tried += [usual | {"detector": name} for name in ("CUSUM", "HDDM-A")]
+    return [one for i, one in enumerate(tried) if one not in tried[:i]]
+
+
+def _backtest(path: Path, column: str, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """What several settings would have fired on a stream, and the same as a table."""
+    from rlhf_workbench.monitor.backtest import backtest_stream
+    from rlhf_workbench.monitor.confirmation import kind_of_stream
+
+    begin = time.perf_counter()
+    stream, reference = _streams(path, column, options)
+    fixed = {"reference": reference, "seed": options["seed"]}
+    tried = _settings_to_try(stream.values, options)
+    table = backtest_stream(stream.values, [one | fixed for one in tried])
+    for name in ("fired_at", "since"):
+        table[name] = [[stream.row(place) for place in places] for places in table[name]]
+    facts = {
+        "n": len(stream.values),
+        "kind": kind_of_stream(stream.values),
+        "backtest": [one | row for one, row in zip(tried, rows_of(table.drop(columns="settings")), strict=True)],
+        "missing": stream.n_missing,
+        "notes": [*dict.fromkeys(note for notes in table["notes"] for note in notes)],
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+    return facts, _backtest_in_words(facts)
+
+
+def _backtest_in_words(facts: dict[str, Any]) -> str:
+    """One line a setting."""
+    lines = [f"{'detector':<10} {'budget':>8} {'k':>2} {'fired':>6} {'false expected':>15}  at rows"]
+    for one in facts["backtest"]:
+        expected = one["expected_false"]
+        promise = "not known" if expected is None else f"{'at most ' if one['is_most'] else ''}{expected:.2g}"
+        at = ", ".join(map(str, one["fired_at"][:6])) + (", …" if one["fired"] > 6 else "")
+        k = one["k"] if one["detector"].lower() == "auto" else ""
+        lines.append(f"{one['detector']:<10} {one['budget']:>8.2g} {k:>2} {one['fired']:>6} {promise:>15}  {at}")
+    return "\n".join([*lines, f"{facts['n']} {facts['kind']}; {facts['seconds']} s", *facts["notes"]])
 
 # %% ../../nbs/commands/11_drift.ipynb #7ef3bef9
 def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed: int) -> tuple[dict[str, Any], str]:
@@ -84,7 +152,7 @@ def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed
     from rlhf_workbench.monitor.table_drift import compare_tables
 
     begin = time.perf_counter()
-    names = [name.strip() for name in features.split(",")] if features else None
+    names = list(dict.fromkeys(name.strip() for name in features.split(","))) if features else None
     old, new = (read_rows(Path(existing_file(file)), names) for file in (reference, path))
     facts = compare_tables(old, new, features=names, fdr=fdr, seed=seed).to_json()
     facts["seconds"] = round(time.perf_counter() - begin, 3)
@@ -93,7 +161,10 @@ def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed
         for one in facts["features"]
         if one["is_drifted"]
     ]
-    count = f"{len(facts['drifted'])} of {len(facts['features'])} features changed"
+    judged = [one for one in facts["features"] if one["enough"]]
+    count = f"{len(facts['drifted'])} of {len(judged)} features changed"
+    if len(judged) < len(facts["features"]):
+        count += f", not enough data for {len(facts['features']) - len(judged)} more"
     return facts, "\n".join([*lines, f"{count}; {facts['n_reference']} rows against {facts['n']}", *facts["notes"]])
 
 # %% ../../nbs/commands/11_drift.ipynb #107d7d37
@@ -107,19 +178,22 @@ def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed
 )
 @click.option("--k", type=click.IntRange(1, 6), default=2, show_default=True, help="Signals that must agree.")
 @click.option("--reference-rows", type=click.IntRange(0), help="So many first rows are the quiet period.")
+@click.option("--backtest", is_flag=True, help="With --error: what these and a few other settings would have fired.")
 @click.option("--time", help="A column that must not run backwards.")
 @click.option("--skip-missing", is_flag=True, help="Leave out what is missing.")
 @click.option("--reference", type=FILE, help="A file to compare with; with --error: the quiet period.")
 @click.option("--features", help="Columns to compare, with commas; default: all that both files have.")
 @click.option("--fdr", type=float, default=0.05, show_default=True, help="False discovery rate over the features.")
-def drift(file: Path, error: str | None, store: Path, seed: int, as_json: bool, **options: Any) -> None:
+def drift(file: Path, error: str | None, backtest: bool, store: Path, seed: int, as_json: bool, **options: Any) -> None:
     """Find what changed in a stream of errors or scores, or between two tables.
 
     Example: rlhfw drift predictions.csv --error wrong --budget 1e-4
     """
     existing_file(file)
+    if backtest and error is None:
+        raise InputError("--backtest replays a stream: name its column with --error")
     if error is not None:
-        facts, text = _watch(file, error, options | {"seed": seed})
+        facts, text = (_backtest if backtest else _watch)(file, error, options | {"seed": seed})
     elif options["reference"] is not None:
         facts, text = _compare(file, options["reference"], options["features"], options["fdr"], seed)
     else:

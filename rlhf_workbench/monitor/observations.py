@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..core.errors import InputError
 from ..core.schema import DriftEvent, StreamState, correction
-from .budget import threshold_for
+from .budget import FEWEST_TO_LEARN, threshold_for
 from .confirmation import ChangeWatch, Notice
 from .likelihood import Floats, Kind
 from ..store.tables import Store
@@ -57,7 +58,8 @@ def _restored(settings: dict[str, Any], last: StreamState | None) -> _Memory | N
     """The memory as it was kept; None when the watch has to begin."""
     if last is None or last.settings != settings or not last.state.get("watch"):
         return None
-    watch = ChangeWatch(settings["kind"], budget=settings["budget"], k=settings["k"], reference=_ANY)
+    scale = _ANY if settings["kind"] == "scores" else None
+    watch = ChangeWatch(settings["kind"], budget=settings["budget"], k=settings["k"], reference=scale)
     watch.restore(last.state["watch"])
     latest = pd.to_datetime(last.state["latest"]) if last.state.get("latest") else None
     return _Memory(watch, last.seen, last.state["offset"], last.state["event"], latest)
@@ -132,12 +134,17 @@ class ObservedStream:
         kind: Kind = "errors",
         budget: float = 1e-4,  # false alarms a value; `InputError` when out of range
         k: int = 2,  # signals that must agree
-        reference: int | None = None,  # first values that are the quiet period; None: 500 of scores, none of errors
+        reference: int
+        | None = None,  # first values that are the quiet period; None: 500 of scores, none of errors, which are learnt from on the way
         run_id: str | None = None,
     ):
         threshold_for(budget)  # refuses what is no budget
         self._store, self._stream, self._run_id = store, stream, run_id
         count = (500 if kind == "scores" else 0) if reference is None else reference
+        if kind == "errors" and 0 < count < FEWEST_TO_LEARN:
+            raise InputError(
+                f"not enough data: the reference has {count} values, needs {FEWEST_TO_LEARN}; widen it, or leave it out"
+            )
         self.settings: dict[str, Any] = {"kind": kind, "budget": budget, "k": k, "reference": count}
         self._memory: _Memory | None = None
         self._kept: str | None = None  # id of the state in the store from which the memory comes
@@ -212,7 +219,7 @@ class ObservedStream:
     def _begun(self, quiet: Floats) -> _Memory:
         """The memory of a watch that begins after the store's last state."""
         how = {name: self.settings[name] for name in ("kind", "budget", "k")}
-        watch = ChangeWatch(**how, reference=quiet if len(quiet) else None)
+        watch = ChangeWatch(**how, reference=quiet if len(quiet) else None, learns=self.settings["kind"] == "errors")
         return _Memory(watch, self._kept_at, self._kept_at)
 
     def _follow(self, memory: _Memory, rows: pd.DataFrame) -> list[DriftEvent]:

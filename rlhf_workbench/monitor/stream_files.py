@@ -8,6 +8,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/monitor/stream_files.html.md"""
 __all__ = ['read_rows', 'column_names', 'FileStream', 'read_stream']
 
 # %% ../../nbs/monitor/28_stream_files.ipynb #43370deb
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ def read_stream(
     skip_missing: bool = False,  # leave out what is missing instead of refusing it
 ) -> FileStream:
     """The numbers of a column; raises `InputError` that names the row that cannot be used."""
-    table = read_rows(path, [column, *([time] if time else [])])
+    table = read_rows(path, list(dict.fromkeys([column, time or column])))
     if time:
         _require_order(table[time], time)
     try:
@@ -122,10 +123,40 @@ def read_stream(
 
 def _require_order(times: "pd.Series[Any]", name: str) -> None:
     """Refuse a column that is missing a time or runs backwards."""
-    backwards = times.isna() | (times < times.shift())
-    if backwards.any():
-        row = int(np.argmax(backwards.to_numpy()))
+    gone = times.isna().to_numpy() | (times.astype(str).str.strip() == "").to_numpy()
+    if gone.any():
         raise InputError(
-            f"time runs backwards at row {row}: {name} is {times.iloc[row]} after {times.iloc[max(row - 1, 0)]}; "
+            f"the time of row {int(np.argmax(gone))} is missing (and {int(gone.sum()) - 1} more, rows from 0), so the order "
+            f"cannot be checked; fill {name}, or leave those rows out"
+        )
+    moments = _comparable(times, name)
+    backwards = (moments < moments.shift()).to_numpy()
+    if backwards.any():
+        row = int(np.argmax(backwards))
+        raise InputError(
+            f"time runs backwards at row {row}: {name} is {times.iloc[row]} after {times.iloc[row - 1]}; "
             "sort the file by time"
         )
+
+
+_DATES: tuple[dict[str, Any], ...] = ({}, {"dayfirst": True}, {"format": "ISO8601"})  # how text is read, in turn
+
+
+def _comparable(times: "pd.Series[Any]", name: str) -> "pd.Series[Any]":
+    """Times with an order: numbers, or moments; text is read as such."""
+    if not (pd.api.types.is_object_dtype(times) or pd.api.types.is_string_dtype(times)):
+        return times
+    if (numbers := pd.to_numeric(times, errors="coerce")).notna().all():
+        return numbers
+    moments = times
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # pandas guesses each by itself when it finds no common form
+        for form in _DATES:
+            moments = pd.to_datetime(times, errors="coerce", utc=True, **form)
+            if moments.notna().all():
+                return moments
+    row = int(np.argmax(moments.isna().to_numpy()))
+    raise InputError(
+        f"{name} is text that is no date at row {row} ({times.iloc[row]!r}), so its order cannot be checked; "
+        "write dates as 2026-01-09, or numbers"
+    )

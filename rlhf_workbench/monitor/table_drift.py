@@ -204,6 +204,12 @@ def _notes(
             notes.append(f"only the {name} has {', '.join(only)}; not compared")
         if len(used) < len(all_rows):
             notes.append(f"{len(used)} of the {len(all_rows)} rows of the {name} were sampled")
+    if short := [one for one in found if one.shift is None]:
+        named = ", ".join(one.space.name for one in short[:5]) + (", …" if len(short) > 5 else "")
+        notes.append(
+            f"not enough data for {len(short)} of {len(found)} features ({named}: {short[0].reason}); "
+            "this does not mean no drift"
+        )
     if 1 / (rounds + 1) > level / max(1, len(found)):
         notes.append(
             f"{rounds} shuffles give no p-value below {1 / (rounds + 1):.2g}, and {len(found)} features at level "
