@@ -268,7 +268,7 @@ def test_five_kills_under_many_writers_lose_nothing_that_was_acknowledged(tmp_pa
         with served(path) as service, ThreadPoolExecutor(4) as pool:
             before = len(acknowledged)
             writing = [pool.submit(write_until_lost, service.url, secret, acknowledged) for _ in range(4)]
-            until(lambda before=before: len(acknowledged) > before + 20)  # type: ignore[misc]
+            until(lambda before=before: len(acknowledged) > before + 20)
             time.sleep(draw.uniform(0.0, 0.3))
             service.process.kill()
             service.process.wait(30)
