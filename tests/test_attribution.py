@@ -24,8 +24,12 @@ from rlhf_workbench.monitor import decomposition
 from rlhf_workbench.monitor.attribution import adjust_by_holm, attribute_change, attribute_drift, plot_attribution
 from rlhf_workbench.monitor.covariate_shift import compare_answers, prompt_odds
 from rlhf_workbench.monitor.decomposition import seen_agreement, shapley_values
+from rlhf_workbench.monitor.forms import win_probability
 from rlhf_workbench.monitor.period_tables import read_periods
+from rlhf_workbench.monitor.planted import planted_answers
 from rlhf_workbench.monitor.reasking import compare_reasked, pairs_needed, plan_reasking
+from rlhf_workbench.monitor.trait_changes import trait_changes
+from rlhf_workbench.monitor.traits import load_vocabulary, measure_traits
 from rlhf_workbench.store.tables import connect
 
 SMALL = Plan(n_pairs=80, n_reasked=20, gold_share=0.2)
@@ -353,3 +357,98 @@ def test_the_command_says_it_and_draws_it(tmp_path: Path, capsys: pytest.Capture
 
 def test_causes_are_the_same_words_everywhere() -> None:
     assert decomposition.CAUSES == CAUSES
+
+
+# Traits
+
+
+PLANTED = ["hedged", "warm", "lists", "numbers", "asks-back", "exclaims"]
+
+
+def planted_texts(n_pairs: int, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Pairs of texts, and by how much of each trait the first differs from the second."""
+    answers = planted_answers(n_pairs, 2, seed)
+    sides = [answers.iloc[i::2].reset_index(drop=True) for i in (0, 1)]
+    vocabulary = load_vocabulary(PLANTED)
+    shown = [measure_traits(side["prompt"].tolist(), side["answer"].tolist(), vocabulary) for side in sides]
+    prompts = [f"What is to be said of number {i:03}?" for i in range(n_pairs)]  # of one length: no other inputs
+    texts = {"prompt": prompts, "first_text": sides[0]["answer"], "second_text": sides[1]["answer"]}
+    return pd.DataFrame({"pair": [f"p{i}" for i in range(n_pairs)], **texts}), shown[0] - shown[1]
+
+
+def planted_votes(
+    gaps: pd.DataFrame, taste: dict[str, float], places: Any, seed: int, n_voters: int = 3
+) -> pd.DataFrame:
+    """Votes of a crew with this taste on the pairs at these places."""
+    chance = win_probability(sum(weight * gaps[name].to_numpy() for name, weight in taste.items())[places])
+    draws = np.random.default_rng(seed).random((n_voters, len(chance))) < chance
+    ids, crew = [f"p{i}" for i in places], "abc"[:n_voters]
+    rows = [(i, who, "first" if d else "second") for who, ds in zip(crew, draws, strict=True)
+            for i, d in zip(ids, ds, strict=True)]  # fmt: skip
+    return pd.DataFrame(rows, columns=["pair", "annotator", "label"])
+
+
+def test_the_trait_whose_weight_turns_is_named_and_no_other_and_none_where_nothing_turns() -> None:
+    pairs, gaps = planted_texts(360, seed=3)
+    vocabulary, halves = load_vocabulary(PLANTED), (np.arange(180), np.arange(180, 360))
+    before, turned = {"hedged": 1.5, "warm": 1.0}, {"hedged": -1.5, "warm": 1.0}
+    found, false = [], []
+    for seed in range(12):
+        old = planted_votes(gaps, before, halves[0], seed).assign(period="reference")
+        for taste, names in ((turned, found), (before, false)):
+            new = planted_votes(gaps, taste, halves[1], 100 + seed).assign(period="current")
+            votes = pd.concat([old, new])
+            names.append(trait_changes(votes, pairs, vocabulary=vocabulary, permutations=499)["changed"])
+    assert sum("hedged" in names for names in found) >= 11
+    assert sum(names == ["hedged"] for names in found) >= 10
+    assert sum(bool(names) for names in false) <= 1  # 0.12 expected
+
+
+def store_planted(store: Any, taste: dict[str, float]) -> None:
+    """Two queues of votes on planted texts, a part of the pairs in both; at first people like hedging."""
+    pairs, gaps = planted_texts(400, seed=5)
+    rows = list[Record]()
+    for row in pairs.itertuples():
+        prompt = Prompt(text=row.prompt, topic="t")
+        said = [Generation(prompt_id=prompt.id, text=text) for text in (row.first_text, row.second_text)]
+        pair = Comparison(id=row.pair, prompt_id=prompt.id, first_id=said[0].id, second_id=said[1].id)
+        rows += [prompt, *said, pair]
+    start = pd.Timestamp("2026-03-01", tz="UTC")
+    periods = [("old", {"hedged": 2.0}, np.arange(240)), ("new", taste, np.arange(160, 400))]
+    for month, (queue, wanted, places) in enumerate(periods):
+        at = (start + pd.DateOffset(months=month)).to_pydatetime()
+        for vote in planted_votes(gaps, wanted, places, seed=month).itertuples():
+            said = {"comparison_id": vote.pair, "annotator_id": vote.annotator, "label": vote.label}
+            rows.append(Annotation(**said, queue=queue, submitted_at=at))
+    store.append(rows)
+
+
+def test_a_run_says_which_trait_preferences_changed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.duckdb"
+    with connect(path) as store:
+        store_planted(store, {"hedged": -2.0})
+    words = ["--reference", "old", "--current", "new", "--resamples", "0", "--store", str(path)]
+    assert main(["attribute", *words, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["causes"] == ["preferences"]
+    assert (figures["traits"]["state"], figures["traits"]["changed"]) == ("changed", ["hedged"])
+    row = figures["traits"]["by_trait"]["hedged"]
+    assert row["low"] < row["change"] < row["high"] < 0 < row["reference"]
+    assert row["p_adjusted"] < 0.01
+    with connect(path, read_only=True) as store:
+        assert store.records(DriftEvent)[-1].metadata["traits"] == figures["traits"]
+    assert main(["attribute", *words]) == 0
+    assert "What is preferred changed in: hedged from +" in capsys.readouterr().out
+
+
+def test_a_run_names_no_trait_where_tastes_stay_and_says_when_it_cannot_know() -> None:
+    with connect(":memory:") as store:
+        store_planted(store, {"hedged": 2.0})
+        same = attribute_drift(store, run_id="r", seed=0, reference="old", current="new", n_resamples=0)
+        assert (same["traits"]["state"], same["traits"]["changed"]) == ("no evidence of change", [])
+    pairs, gaps = planted_texts(20, seed=1)
+    votes = planted_votes(gaps, {"hedged": 2.0}, np.arange(20), seed=0)
+    halves = votes.assign(period=np.where(votes["pair"].isin(pairs["pair"][:10]), "reference", "current"))
+    few = trait_changes(halves, pairs)
+    assert (few["state"], few["changed"]) == ("not enough data", [])
+    assert few["reason"]

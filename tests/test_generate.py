@@ -1,6 +1,7 @@
 """Generation: repeatable, offline, never empty, and never a hang or an orphan when a process dies."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -35,7 +37,9 @@ from rlhf_workbench.collect.models import (
 from rlhf_workbench.collect.prompts import ingest_prompts, read_prompts
 from rlhf_workbench.core.errors import InputError, MissingError, StateError
 from rlhf_workbench.core.messages import question
-from rlhf_workbench.core.schema import Comparison, Generation, Prompt
+from rlhf_workbench.core.schema import Comparison, Generation, Observation, Prompt
+from rlhf_workbench.monitor.chart_quantities import quantity_chart, quantity_values
+from rlhf_workbench.monitor.feature_watch import read_comparisons, store_spaces
 from rlhf_workbench.store.tables import connect
 
 SHORT = [{"max_new_tokens": 6}, {"max_new_tokens": 6}]
@@ -82,6 +86,34 @@ def test_a_prompt_does_not_see_what_ran_before(loaded: tuple[Any, Any]) -> None:
     assert generate_replies(*loaded, two, max_new_tokens=8, seed=4) != alone
     both = generate_replies(*loaded, one + two, max_new_tokens=8, seed=3, batch_size=1)
     assert both == generate_replies(*loaded, two + one, max_new_tokens=8, seed=3, batch_size=1)[::-1]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_the_log_probability_is_that_of_a_forward_pass(loaded: tuple[Any, Any], temperature: float) -> None:
+    """Whatever the temperature, and with rows of other lengths in the batch, some of which end early."""
+    import torch
+
+    model, tokenizer = loaded
+    asked = [question("Why?"), question("How deep is the sea, and who measured it first?"), question("Name a herb.")]
+    kept: list[Any] = []
+    generate = model.generate
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "generate", lambda **given: kept.append((given, generate(**given))) or kept[-1][1])
+        patch.setattr(model.generation_config, "eos_token_id", list(range(300, 330)))  # a random model ends rarely
+        replies = generate_replies(model, tokenizer, asked, temperature=temperature, max_new_tokens=12, seed=5)
+    ((given, output),) = kept
+    order, width = [0, 2, 1], given["input_ids"].shape[1]  # short prompts stand first in a batch
+    for row, place in enumerate(order):
+        reply = replies[place]
+        prompt = given["input_ids"][row][given["attention_mask"][row].bool()]
+        said = output[row, width : width + reply.output_tokens]
+        with torch.no_grad():
+            logs = model(torch.cat([prompt, said])[None]).logits[0].log_softmax(-1)
+        expected = [float(logs[len(prompt) + i - 1, token]) for i, token in enumerate(said.tolist())]
+        assert reply.log_probability == pytest.approx(sum(expected) / len(expected), abs=1e-4)
+        assert reply.seconds > 0
+    if temperature:
+        assert len({reply.output_tokens for reply in replies}) > 1, "none ended early, so this shows nothing"
 
 
 def test_a_prompt_that_does_not_fit_is_named(loaded: tuple[Any, Any]) -> None:
@@ -216,6 +248,23 @@ def test_the_small_model_answers() -> None:
 # The pipeline
 
 
+def check_latency(store: Any, generations: list[Generation]) -> None:
+    """One duration an answer, that a chart and the watch of features read without more."""
+    seen = store.records(Observation, stream="latency")
+    asked = {g.prompt_id for g in generations}
+    assert len(seen) == len(generations) == 2 * len(asked)
+    assert {o.comparison_id for o in seen} == {c.id for c in store.records(Comparison)}
+    assert all(0 < o.value < 60 and o.model_id == "tiny" and o.run_id == "r2" for o in seen)
+    values = quantity_values(store, "latency", "tiny")["value"]
+    assert values.tolist() == pytest.approx([math.log(o.value) for o in seen])
+    chart = quantity_chart(store, "latency", "tiny", every=4)
+    assert len(chart.chart.values) == len(seen) // 4
+    rows = read_comparisons(store)
+    means = [np.mean([g.metadata["log_probability"] for g in generations if g.prompt_id == p]) for p in asked]
+    assert sorted(rows["log_probability"]) == pytest.approx(sorted(means))
+    assert {"log probability", "stream latency"} <= {space.name for space in store_spaces(rows)}
+
+
 def comparisons(path: Path) -> tuple[dict[str, Any], list[tuple[str, ...]], list[Generation], list[Comparison]]:
     with connect(":memory:") as store:
         ingest_prompts(store, run_id="r1", seed=1, path=str(path))
@@ -224,6 +273,7 @@ def comparisons(path: Path) -> tuple[dict[str, Any], list[tuple[str, ...]], list
         )
         made, pairs = store.records(Generation, run_id="r2"), store.records(Comparison, run_id="r2")
         prompts = {prompt.id: prompt.text for prompt in store.records(Prompt)}
+        check_latency(store, made)
     text = {g.id: g.text for g in made}
     return figures, [(prompts[c.prompt_id], text[c.first_id], text[c.second_id]) for c in pairs], made, pairs
 
@@ -245,7 +295,11 @@ def test_the_same_seed_gives_the_same_comparisons(tmp_path: Path) -> None:
     setting = {g.id: g.settings["temperature"] for g in generations}
     assert {setting[c.first_id] for c in pairs} == {0.3, 1.0}
     assert all({setting[c.first_id], setting[c.second_id]} == {0.3, 1.0} for c in pairs)
-    assert comparisons(path)[:2] == (figures, texts)
+    likely = [g.metadata for g in generations]
+    assert all(-20 < said["log_probability"] < 0 for said in likely)
+    again = comparisons(path)
+    assert again[:2] == (figures, texts)
+    assert [g.metadata for g in again[2]] == likely
 
 
 def test_equal_answers_are_marked() -> None:

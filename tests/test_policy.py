@@ -1,19 +1,23 @@
 """A policy moves towards the preferred answers, and says from where to where."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from polite import add_polite
 
 pytest.importorskip("trl", reason="needs rlhf_workbench[train]")
 
 from rlhf_workbench.collect.models import tiny_model
+from rlhf_workbench.commands.chart import chart
 from rlhf_workbench.core.errors import InputError, MissingError
 from rlhf_workbench.core.messages import question
-from rlhf_workbench.core.schema import Model
+from rlhf_workbench.core.schema import Comparison, Model, Observation
+from rlhf_workbench.monitor.chart_quantities import quantity_values
 from rlhf_workbench.store.registry import folder_hash, model_folder, run_once
 from rlhf_workbench.store.tables import Store, connect
 from rlhf_workbench.train.data import decided_rows, read_snapshot, token_ids
@@ -47,8 +51,9 @@ def train(store: Store, base: str, **params: Any) -> tuple[dict[str, Any], Model
     return figures, store.get(Model, figures["model_id"])
 
 
-def test_the_margin_grows_on_pairs_that_were_not_trained_on(base: str) -> None:
-    with connect(":memory:") as store:
+def test_the_margin_grows_on_pairs_that_were_not_trained_on(base: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    with connect(path) as store:
         snapshot = add_polite(store)
         reward = {"method": "frozen", "snapshot_id": snapshot, "base": base}
         judge = run_once(store, train_reward, seed=3, **reward)["model_id"]
@@ -67,6 +72,7 @@ def test_the_margin_grows_on_pairs_that_were_not_trained_on(base: str) -> None:
         assert [store.get(Model, m).kind for m in model.parents] == ["base"]
         assert model.config["judge"] == judge
         assert folder_hash(model_folder(store, model)) == model.content_hash
+        check_chart_of_kl(store, figures, path)
 
 
 def test_the_same_seed_gives_the_same_figures(base: str) -> None:
@@ -101,6 +107,39 @@ def test_log_probabilities_are_those_of_the_model(policy: Policy, base: str, toy
         expected.append(sum(float(logs[i - 1, ids[i]]) for i in range(n_prompt, len(ids))))
     assert policy.log_probabilities(items, with_adapter=False) == pytest.approx(expected, abs=1e-3)
     assert np.abs(policy.log_probabilities(items) - expected).max() > 0.1, "the adapter makes a difference"
+
+
+def test_the_divergence_is_that_of_all_next_tokens(policy: Policy, toy: pd.DataFrame) -> None:
+    import torch
+
+    items = [(p, text) for p, text in zip(toy["prompt"][:4], toy["rejected"][:4], strict=True)]
+    found = policy.compare(items)
+    for column, is_on in ((0, True), (1, False)):
+        assert found[:, column] == pytest.approx(policy.log_probabilities(items, with_adapter=is_on), abs=1e-3)
+    for item, kl in zip(items, found[:, 2], strict=True):
+        ids, n_prompt = token_ids(policy.tokenizer, *item, 256)
+        with torch.no_grad():
+            new = policy.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            with policy.model.disable_adapter():
+                old = policy.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        each = (new.exp() * (new - old)).sum(-1)[n_prompt - 1 : len(ids) - 1]
+        assert kl == pytest.approx(float(each.mean()), rel=1e-3)
+        assert kl > 0.01
+
+
+def check_chart_of_kl(store: Store, figures: dict[str, Any], path: Path) -> None:
+    """What `rlhfw chart` shows of a policy that was just trained."""
+    seen = store.records(Observation, stream="kl")
+    assert {o.model_id for o in seen} == {figures["model_id"]}
+    assert len(seen) == 2 * figures["pairs_tested"]
+    assert {o.comparison_id for o in seen} <= {c.id for c in store.records(Comparison)}
+    assert np.mean([o.value for o in seen]) == pytest.approx(figures["kl"])
+    store.close()
+    done = CliRunner().invoke(chart, ["kl", "--store", str(path), "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.output)["name"] == "kl"
+    with connect(path, read_only=True) as again:
+        assert len(quantity_values(again, "kl", figures["model_id"])) == len(seen)
 
 
 def test_answers_do_not_depend_on_their_neighbours(policy: Policy, toy: pd.DataFrame) -> None:

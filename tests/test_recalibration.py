@@ -22,8 +22,10 @@ from rlhf_workbench.monitor.binary_calibration import BinaryMethod, apply_binary
 from rlhf_workbench.monitor.calibration import (
     debiased_ece,
     debiased_rms,
+    distance_interval,
     ece,
     ece_interval,
+    mce_interval,
     nll,
     pair_probabilities,
     reliability_diagram,
@@ -210,6 +212,29 @@ def test_debiased_measures_are_unbiased_where_the_plain_ones_are_not() -> None:
     assert abs(np.mean(debiased) - 0.1) < abs(np.mean(plain) - 0.1)
 
 
+@pytest.mark.parametrize("gap", [0.0, 0.1])
+def test_intervals_of_all_distances_hold_the_truth_about_as_often_as_they_say(gap: float) -> None:
+    """Every confidence is too high by the same, so this is the truth of each distance and of each bin."""
+    held, ends = dict.fromkeys(("ece", "ace", "debiased_ece", "mce"), 0), dict[str, tuple[float, float]]()
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        sure = rng.uniform(0.62, 1.0, 400)
+        probs, labels = np.column_stack([sure, 1 - sure]), (rng.random(400) > sure - gap).astype(int)
+        for name in held:
+            ends[name] = (
+                mce_interval(probs, labels)
+                if name == "mce"
+                else distance_interval(name, probs, labels, seed=seed, draws=80)
+            )
+            held[name] += ends[name][0] <= gap <= ends[name][1]
+    assert held["mce"] >= 55, held
+    assert min(held.values()) >= (45 if gap else 55), held  # of a gap the basic bootstrap holds some 84 % with few rows
+    assert all(high - low < 0.15 for name, (low, high) in ends.items() if name != "mce")
+    assert ends["mce"][1] < 0.6
+    with pytest.raises(InputError, match="measure must be one of ece, ace, debiased_ece"):
+        distance_interval("mse", probs, labels, seed=0)
+
+
 def test_intervals_of_many_rows_are_those_of_few() -> None:
     probs, labels = too_sure(60_000, 2, 1.3, seed=0)
     many, few = ece_interval(probs, labels, seed=0), ece_interval(probs[:50_000], labels[:50_000], seed=0)
@@ -248,8 +273,11 @@ def test_the_command_says_everything_as_json(tmp_path: Path, capsys: pytest.Capt
     assert set(wanted.split()) <= set(facts)
     assert facts["n"] == 200
     assert facts["ece"] == pytest.approx(ece(probs.astype(np.float32)[::2], labels[::2]))
-    low, high = facts["intervals"]["ece_after"]
-    assert low <= facts["ece_after"] <= high
+    for name in ("ece", "ace", "debiased_ece", "mce", "brier", "nll"):
+        for when in (name, f"{name}_after"):
+            low, high = facts["intervals"][when]
+            assert 0 <= low <= facts[when] <= high
+            assert low < high
 
 
 @pytest.mark.parametrize("kind", ["csv", "csv.gz", "parquet", "jsonl"])

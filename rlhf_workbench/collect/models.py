@@ -16,9 +16,10 @@ import math
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from io import StringIO
 from pathlib import Path
@@ -247,6 +248,35 @@ class Reply:
     text: str  # not empty
     input_tokens: int
     output_tokens: int
+    log_probability: float  # mean over its tokens, nats
+    seconds: float = field(default=0.0, compare=False, repr=False)
+
+
+class _Listener:
+    """A step of `generate` that changes nothing and notes how likely the model finds what is then written."""
+
+    def __init__(self) -> None:
+        self.start, self.moments = time.perf_counter(), list[float]()
+        self._all: Any = None  # log-probabilities of all tokens at the last place
+        self._written: list[Any] = []
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        self.note(input_ids[:, -1])
+        self._all = scores.log_softmax(-1)
+        self.moments.append(time.perf_counter())
+        return scores
+
+    def note(self, tokens: Any) -> None:
+        """These were written at the last place."""
+        if self._all is not None:
+            self._written.append(self._all.gather(1, tokens[:, None]))
+
+    def log_probabilities(self, last: Any) -> Any:
+        """Of every token of every row, when these were the last ones."""
+        import torch
+
+        self.note(last)
+        return torch.cat(self._written, dim=1)
 
 
 def _blank_tokens(tokenizer: Any) -> list[int]:
@@ -270,23 +300,34 @@ def _render(tokenizer: Any, conversations: Sequence[Messages], room: int) -> tup
     return texts, lengths
 
 
-def _answer_batch(model: Any, tokenizer: Any, texts: list[str], settings: dict[str, Any], seed: int) -> list[Reply]:
+def _answer_batch(
+    model: Any, tokenizer: Any, texts: list[str], blank: list[int], settings: dict[str, Any], seed: int
+) -> list[Reply]:
     """Answers to one batch."""
     import torch
+    from transformers.generation.logits_process import LogitsProcessorList, SuppressTokensAtBeginLogitsProcessor
 
     inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+    width, listener = inputs["input_ids"].shape[1], _Listener()
+    steps = [listener, SuppressTokensAtBeginLogitsProcessor(blank, width, device=str(model.device))]
     with torch.inference_mode(), torch.random.fork_rng():
         torch.manual_seed(seed)
-        output = model.generate(**inputs, pad_token_id=tokenizer.pad_token_id, **settings)
-    written = output[:, inputs["input_ids"].shape[1] :]
+        output = model.generate(
+            **inputs, pad_token_id=tokenizer.pad_token_id, logits_processor=LogitsProcessorList(steps), **settings
+        )
+    written = output[:, width:]
     said = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
     ends = torch.as_tensor(model.generation_config.eos_token_id or tokenizer.eos_token_id, device=written.device)
     is_end = torch.isin(written, ends)
-    n_written = ((is_end.cumsum(1) - is_end.long()) == 0).sum(1).tolist()
+    is_said = (is_end.cumsum(1) - is_end.long()) == 0
+    n_written = is_said.sum(1).tolist()
     if not all(said):
         raise StateError("the model wrote an answer of white space alone; change the seed or the settings")
     n_read = inputs["attention_mask"].sum(1).tolist()
-    return [Reply(*row) for row in zip(said, n_read, n_written, strict=True)]
+    likely = listener.log_probabilities(output[:, -1]).masked_fill(~is_said, 0.0).sum(1).tolist()
+    means = [round(total / n, 6) for total, n in zip(likely, n_written, strict=True)]
+    seconds = [listener.moments[n - 1] - listener.start for n in n_written]
+    return [Reply(*row) for row in zip(said, n_read, n_written, means, seconds, strict=True)]
 
 
 def check_sampling(
@@ -323,13 +364,13 @@ def generate_replies(
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         sampling = {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 50}
-    settings = {"max_new_tokens": max_new_tokens, "begin_suppress_tokens": _blank_tokens(tokenizer), **sampling}
+    settings, blank = {"max_new_tokens": max_new_tokens, **sampling}, _blank_tokens(tokenizer)
     replies: dict[int, Reply] = {}
     with tqdm(total=len(texts), desc="answers", unit="answer", disable=None) as bar:
         for batch in cut_batches(lengths, batch_size):
             asked = [texts[i] for i in batch]
             batch_seed = _batch_seed(seed, asked, max_new_tokens, sampling)
-            replies |= zip(batch, _answer_batch(model, tokenizer, asked, settings, batch_seed), strict=True)
+            replies |= zip(batch, _answer_batch(model, tokenizer, asked, blank, settings, batch_seed), strict=True)
             bar.update(len(batch))
             if report:
                 report(len(batch))

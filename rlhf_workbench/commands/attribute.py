@@ -20,6 +20,8 @@ def attribution_text(
     figures: dict[str, Any],  # from attribute_drift
 ) -> str:
     """A finding for a terminal."""
+    from rlhf_workbench.monitor.trait_changes import describe_trait_changes
+
     lines = [figures["sentence"], ""]
     for cause, row in figures["by_cause"].items():
         p_value = "not tested" if row["p_adjusted"] is None else f"p {row['p_adjusted']:.2g}"
@@ -29,6 +31,8 @@ def attribution_text(
             f"{mark} {cause:<12} {100 * row['contribution']:+5.1f} points{reach}   {p_value}   {row['reason']}"
         )
     lines += [f"  {'unexplained':<12} {100 * figures['unexplained']:+5.1f} points"]
+    if "preferences" not in figures["causes"]:  # else the sentence says it
+        lines += ["", "traits: " + describe_trait_changes(figures["traits"], is_preference=False)]
     lines += ["", *(f"missing: {text}" for text in figures["missing"])] if figures["missing"] else []
     return "\n".join([*lines, *([f"plan: {figures['plan']['reason']}"] if figures["plan"] else [])])
 

@@ -31,6 +31,7 @@ from rlhf_workbench.monitor.causes import (
 from .decomposition import CAUSES, Decomposition, decompose_change, plot_decomposition
 from .period_tables import read_periods
 from .reasking import plan_reasking
+from .trait_changes import describe_trait_changes, trait_changes
 from .vote_changes import MIN_VOTES
 from .vote_model import CURRENT, GOLD, VoteFit, VoteModel, fit_votes
 from ..store.tables import Store
@@ -306,13 +307,18 @@ def attribute_drift(
     event_ids: Sequence[str] | None = None,  # alarms to explain; None: the confirmed ones of the current period
     alpha: float = 0.01,  # chance of any false name
     n_resamples: int = 100,
-) -> dict[str, Any]:  # verdict first, see Attribution.figures; plan: how to ask again; event_id, event_ids
+) -> dict[
+    str, Any
+]:  # verdict first, see Attribution.figures; traits, see trait_changes; plan: how to ask again; event_id, event_ids
     """Say why agreement changed between two periods of a store, and record it."""
     old, new = ([part] if isinstance(part, str) else list(part) for part in (reference, current))
     moment = datetime.fromisoformat(since) if since else None
     votes, pairs = read_periods(store, old, new, since=moment, model_id=model_id)
     found = attribute_change(votes, pairs, alpha=alpha, n_resamples=n_resamples, seed=seed)
     figures = found.figures() | {"event_ids": _explained(store, votes, event_ids), "plan": None}
+    figures["traits"] = trait_changes(votes, pairs, alpha=alpha, seed=seed)
+    if "preferences" in found.causes:
+        figures["sentence"] += " " + describe_trait_changes(figures["traits"], is_preference=True)
     if any("asked again" in text for text in found.inquiry.missing):
         figures["plan"] = _plan(votes, pairs, seed)
     event = _finding_event(found, votes, figures)
@@ -333,7 +339,7 @@ def _plan(votes: pd.DataFrame, pairs: pd.DataFrame, seed: int) -> dict[str, Any]
 
 def _finding_event(found: Attribution, votes: pd.DataFrame, figures: dict[str, Any]) -> DriftEvent:
     """The finding as an event, dated at the first vote of the current period."""
-    kept = ("verdict", "causes", "undecided", "sentence", "by_cause", "missing", "event_ids")
+    kept = ("verdict", "causes", "undecided", "sentence", "by_cause", "missing", "event_ids", "traits")
     p_values = found.table["p_adjusted"].dropna()
     return DriftEvent(
         stream=STREAM,

@@ -7,12 +7,13 @@ Docs: https://OWNER.github.io/rlhf_workbench/monitor/calibration.html.md"""
 # %% auto #0
 __all__ = ['Floats', 'Ints', 'REPORTED', 'pair_probabilities', 'check_probabilities', 'top_confidence', 'reliability_table',
            'wilson_interval', 'ece', 'adaptive_ece', 'mce', 'brier', 'nll', 'debiased_ece', 'debiased_rms',
-           'chance_ece', 'ece_interval', 'mean_interval', 'scale_probabilities', 'fit_temperature', 'plot_reliability',
-           'reliability_diagram']
+           'chance_ece', 'distance_interval', 'ece_interval', 'mce_interval', 'mean_interval', 'scale_probabilities',
+           'fit_temperature', 'plot_reliability', 'reliability_diagram']
 
 # %% ../../nbs/monitor/01_calibration.ipynb #1729592f
 import math
 from collections.abc import Callable
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -80,10 +81,13 @@ def _edges(confidence: Floats, bins: int, equal: str) -> Floats:
     return np.concatenate([[0.0], inner[(inner > 0) & (inner < 1)], [1.0]])
 
 
-def _binned(confidence: Floats, right: Floats, edges: Floats) -> tuple[Floats, Floats, Floats]:
-    """Rows a bin, the sum of their confidences, the sum of the right ones."""
+def _binned(
+    confidence: Floats, right: Floats, edges: Floats, counts: Floats | None = None
+) -> tuple[Floats, Floats, Floats]:
+    """Rows a bin, the sum of their confidences, the sum of the right ones, when each row counts so often."""
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
-    weights = (np.ones_like(confidence), confidence, right)
+    counts = np.ones_like(confidence) if counts is None else counts
+    weights = (counts, counts * confidence, counts * right)
     n, sure, hits = (np.asarray(np.bincount(place, w, len(edges) - 1), dtype=np.float64) for w in weights)
     return n, sure, hits
 
@@ -109,9 +113,9 @@ def reliability_table(
 def wilson_interval(
     share: Floats,  # m shares
     n: Floats,  # m counts that they are of
+    z: float = 1.959964,  # normal quantile; this one: 95 %
 ) -> tuple[Floats, Floats]:  # m lower and m upper ends
-    """The 95 % interval of a share (Wilson 1927)."""
-    z = 1.959964
+    """The interval of a share (Wilson 1927)."""
     middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     return np.clip(middle - half, 0, share), np.clip(middle + half, share, 1)
@@ -126,13 +130,12 @@ def ece(
 ) -> float:  # 0 … 1
     """The expected calibration error."""
     confidence, right = top_confidence(probs, labels)
-    return _ece(confidence, right, _edges(confidence, bins, equal))
+    return _mean_gap(*_binned(confidence, right, _edges(confidence, bins, equal)))
 
 
-def _ece(confidence: Floats, right: Floats, edges: Floats) -> float:
-    """The expected calibration error over given bins."""
-    _, sure, hits = _binned(confidence, right, edges)
-    return float(np.abs(sure - hits).sum() / len(confidence))
+def _mean_gap(n: Floats, sure: Floats, hits: Floats) -> float:
+    """The expected calibration error of what was binned."""
+    return float(np.abs(sure - hits).sum() / n.sum())
 
 
 def adaptive_ece(
@@ -178,13 +181,20 @@ def nll(
     return float(-np.log(np.maximum(p[np.arange(len(y)), y], _TINY)).mean())
 
 # %% ../../nbs/monitor/01_calibration.ipynb #03f51a8e
-def _gaps(probs: npt.ArrayLike, labels: npt.ArrayLike, bins: int, equal: str) -> tuple[Floats, Floats, Floats]:
+def _gaps(n: Floats, sure: Floats, hits: Floats) -> tuple[Floats, Floats, Floats]:
     """Of each bin with at least two rows: its share of them, confidence − accuracy, the variance of the accuracy."""
-    confidence, right = top_confidence(probs, labels)
-    n, sure, hits = _binned(confidence, right, _edges(confidence, bins, equal))
     n, sure, hits = (values[n > 1] for values in (n, sure, hits))
     accuracy = hits / n
     return n / max(n.sum(), 1), sure / n - accuracy, accuracy * (1 - accuracy) / (n - 1)
+
+
+def _debiased(n: Floats, sure: Floats, hits: Floats) -> float:
+    """The debiased error of what was binned."""
+    share, gap, variance = _gaps(n, sure, hits)
+    ratio = np.abs(gap) / np.maximum(np.sqrt(variance), _TINY)
+    inside = np.array([math.erf(r / math.sqrt(2)) for r in ratio])
+    mean_distance = np.sqrt(variance) * math.sqrt(2 / math.pi) * np.exp(-(ratio**2) / 2) + np.abs(gap) * inside
+    return float(max((share * (2 * np.abs(gap) - mean_distance)).sum(), 0))
 
 
 def debiased_ece(
@@ -195,11 +205,8 @@ def debiased_ece(
     equal: str = "width",  # "width" or "count"
 ) -> float:  # 0 … 1, at most the ECE of the same bins
     """The expected calibration error less what chance adds to it."""
-    share, gap, variance = _gaps(probs, labels, bins, equal)
-    ratio = np.abs(gap) / np.maximum(np.sqrt(variance), _TINY)
-    inside = np.array([math.erf(r / math.sqrt(2)) for r in ratio])
-    mean_distance = np.sqrt(variance) * math.sqrt(2 / math.pi) * np.exp(-(ratio**2) / 2) + np.abs(gap) * inside
-    return float(max((share * (2 * np.abs(gap) - mean_distance)).sum(), 0))
+    confidence, right = top_confidence(probs, labels)
+    return _debiased(*_binned(confidence, right, _edges(confidence, bins, equal)))
 
 
 def debiased_rms(
@@ -210,7 +217,8 @@ def debiased_rms(
     equal: str = "count",  # "width" or "count"
 ) -> float:  # 0 … 1
     """The root of the unbiased estimate of the squared calibration error (Kumar et al. 2019, definition 5.1)."""
-    share, gap, variance = _gaps(probs, labels, bins, equal)
+    confidence, right = top_confidence(probs, labels)
+    share, gap, variance = _gaps(*_binned(confidence, right, _edges(confidence, bins, equal)))
     return float(math.sqrt(max((share * (gap**2 - variance)).sum(), 0)))
 
 # %% ../../nbs/monitor/01_calibration.ipynb #d11c9dc0
@@ -235,11 +243,20 @@ def _redraw(n: Floats, total: int, rng: np.random.Generator) -> Floats:
     return np.asarray(rng.multinomial(total, n / total), dtype=np.float64)
 
 
-def _weighted_ece(weights: Floats, confidence: Floats, right: Floats, edges: Floats) -> float:
-    """The expected calibration error when each cell counts so often."""
-    place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
-    gaps = np.bincount(place, weights * (confidence - right), len(edges) - 1)
-    return float(np.abs(gaps).sum() / weights.sum())
+_Cells = tuple[Floats, Floats, Floats]
+_Distance = Callable[[Floats, Floats, Floats], float]
+_DISTANCES: dict[str, tuple[str, _Distance]] = {  # what the bins have in common, and what is made of them
+    "ece": ("width", _mean_gap),
+    "ace": ("count", _mean_gap),
+    "debiased_ece": ("width", _debiased),
+}
+
+
+def _by_chance(cells: _Cells, edges: Floats, distance: _Distance, seed: int, draws: int) -> list[float]:
+    """Distances of outcomes that are drawn as the confidences say."""
+    n, sure, _ = cells
+    rng, counts = np.random.default_rng(seed), n.astype(np.int64)
+    return [distance(*_binned(sure, rng.binomial(counts, sure) / n, edges, n)) for _ in range(draws)]
 
 
 def chance_ece(
@@ -251,11 +268,33 @@ def chance_ece(
 ) -> tuple[float, float]:  # mean, and the value that 97.5 % stay under
     """The ECE that these confidences would get if they were perfectly calibrated."""
     confidence, right = top_confidence(probs, labels)
-    edges = _edges(confidence, 15, "width")
-    n, sure, _ = _cells(confidence, right)
-    rng = np.random.default_rng(seed)
-    found = [_weighted_ece(n, sure, rng.binomial(n.astype(np.int64), sure) / n, edges) for _ in range(draws)]
+    found = _by_chance(_cells(confidence, right), _edges(confidence, 15, "width"), _mean_gap, seed, draws)
     return float(np.mean(found)), float(np.quantile(found, 0.975))
+
+
+def distance_interval(
+    measure: str,  # ece, ace or debiased_ece, over 15 bins
+    probs: npt.ArrayLike,  # n×k
+    labels: npt.ArrayLike,  # n
+    *,
+    seed: int,
+    draws: int = 400,
+) -> tuple[float, float]:  # 95 %
+    """An interval for a mean distance between confidence and accuracy; raises `InputError` on another measure."""
+    if measure not in _DISTANCES:
+        raise InputError(f"measure must be one of {', '.join(_DISTANCES)}, got {measure!r}; for mce see mce_interval")
+    equal, distance = _DISTANCES[measure]
+    confidence, right = top_confidence(probs, labels)
+    edges = _edges(confidence, 15, equal)
+    found, cells = distance(*_binned(confidence, right, edges)), _cells(confidence, right)
+    n, sure, hits = cells
+    rng = np.random.default_rng(seed)
+    drawn = [distance(*_binned(sure, hits, edges, _redraw(n, len(right), rng))) for _ in range(draws)]
+    lo, hi = np.quantile(drawn, [0.025, 0.975])
+    chance = float(np.quantile(_by_chance(cells, edges, distance, seed, draws), 0.975))
+    if found <= chance:
+        return 0.0, float(max(2 * found - lo, chance))
+    return float(max(2 * found - hi, 0)), float(min(max(2 * found - lo, found), 1))
 
 
 def ece_interval(
@@ -266,17 +305,28 @@ def ece_interval(
     draws: int = 400,
 ) -> tuple[float, float]:  # 95 %
     """An interval for the expected calibration error."""
+    return distance_interval("ece", probs, labels, seed=seed, draws=draws)
+
+
+def mce_interval(
+    probs: npt.ArrayLike,  # n×k
+    labels: npt.ArrayLike,  # n
+    *,
+    bins: int = 15,
+) -> tuple[float, float]:  # at least 95 %
+    """An interval for the largest calibration error of the bins that have rows.
+
+    A maximum is not redrawn well, because a bin with few rows decides it. So each bin gets an interval that is wide
+    enough for all of them to hold together (Bonferroni), and the largest gap lies between their largest ends.
+    """
     confidence, right = top_confidence(probs, labels)
-    edges = _edges(confidence, 15, "width")
-    found = _ece(confidence, right, edges)
-    n, sure, hits = _cells(confidence, right)
-    rng = np.random.default_rng(seed)
-    resampled = (_weighted_ece(_redraw(n, len(right), rng), sure, hits, edges) for _ in range(draws))
-    lo, hi = np.quantile(list(resampled), [0.025, 0.975])
-    chance = chance_ece(probs, labels, seed=seed, draws=draws)[1]
-    if found <= chance:
-        return 0.0, float(max(2 * found - lo, chance))
-    return float(max(2 * found - hi, 0)), float(min(max(2 * found - lo, found), 1))
+    n, sure, hits = _binned(confidence, right, _edges(confidence, bins, "width"))
+    n, sure, hits = (values[n > 0] for values in (n, sure, hits))
+    z = NormalDist().inv_cdf(1 - 0.05 / (2 * len(n)))
+    low, high = wilson_interval(hits / n, n, z)
+    nearest = np.maximum(np.maximum(low - sure / n, sure / n - high), 0)
+    furthest = np.maximum(np.abs(sure / n - low), np.abs(sure / n - high))
+    return float(nearest.max()), float(furthest.max())
 
 
 def mean_interval(

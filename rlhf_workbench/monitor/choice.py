@@ -23,10 +23,11 @@ from rlhf_workbench.monitor.calibration import (
     adaptive_ece,
     check_probabilities,
     debiased_ece,
+    distance_interval,
     ece,
-    ece_interval,
     fit_temperature,
     mce,
+    mce_interval,
     mean_interval,
     top_confidence,
 )
@@ -133,7 +134,8 @@ def compare_calibration(
         p, _ = check_probabilities(probs, y)
         measures = {"ece": ece, "ace": adaptive_ece, "debiased_ece": debiased_ece, "mce": mce}
         figures |= {name + suffix: measure(p, y) for name, measure in measures.items()}
-        intervals["ece" + suffix] = list(ece_interval(p, y, seed=seed))
+        intervals |= {n + suffix: list(distance_interval(n, p, y, seed=seed)) for n in ("ece", "ace", "debiased_ece")}
+        intervals["mce" + suffix] = list(mce_interval(p, y))
         each = {"brier": _brier(p, y), "nll": _losses(p, y), "accuracy": top_confidence(p, y)[1]}
         losses |= {name + suffix: values for name, values in each.items()}
     losses |= {f"{name}_change": losses[f"{name}_after"] - losses[name] for name in ("brier", "nll")}

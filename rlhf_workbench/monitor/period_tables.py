@@ -93,7 +93,7 @@ def _choose_model(store: Store, comparison_ids: list[str], model_id: str | None)
 
 
 def _describe_pairs(votes: pd.DataFrame, describe: Any) -> pd.DataFrame:
-    """One row a pair: its question, and the traits of both answers."""
+    """One row a pair: its question, both answers, and their traits."""
     once = votes.drop_duplicates("pair").reset_index(drop=True)
     table = once[["pair", "topic", "prompt"]].copy()
     table["prompt_length"] = np.log1p(once["prompt"].str.len())
@@ -103,6 +103,7 @@ def _describe_pairs(votes: pd.DataFrame, describe: Any) -> pd.DataFrame:
         "second": np.where(turned, once["first"], once["second"]),
     }
     for side, said in texts.items():
+        table[f"{side}_text"] = said
         traits = pd.DataFrame([describe(prompt, text) for prompt, text in zip(once["prompt"], said, strict=True)])
         table = table.join(traits.add_prefix(f"{side}_"))
     return table
