@@ -116,19 +116,24 @@ def test_a_second_demo_reuses_everything(first: tuple[Path, dict[str, Any]]) -> 
     assert new == ["propose_retraining"], "only the repeated alarm is tried again"
 
 
-@pytest.mark.parametrize("step", ["generate_comparisons", "annotate_queue", "train_reward"])
-def test_a_killed_demo_goes_on_where_it_stopped(step: str, first: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    """And the same seed gives the same figures as without the interruption."""
-    process = subprocess.Popen(
-        [RLHFW, "demo", "--fast"], cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
-    )
-    _wait_for_step(tmp_path, step, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(timeout=20)
-    _wait_until_free(tmp_path / "workbench.duckdb")
-    with connect(tmp_path / "workbench.duckdb") as store:
-        assert store.verify().is_intact
-        finished = {end.run_id for end in store.records(RunEnd)}
+def test_a_demo_killed_again_and_again_goes_on_where_it_stopped(
+    first: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """And the same seed gives the same figures as without the interruptions."""
+    finished: set[str] = set()
+    for step in ("generate_comparisons", "annotate_queue", "train_reward"):
+        process = subprocess.Popen(
+            [RLHFW, "demo", "--fast"], cwd=tmp_path, start_new_session=True, stderr=subprocess.DEVNULL
+        )
+        _wait_for_step(tmp_path, step, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=20)
+        _wait_until_free(tmp_path / "workbench.duckdb")
+        with connect(tmp_path / "workbench.duckdb") as store:
+            assert store.verify().is_intact
+            done = {end.run_id for end in store.records(RunEnd, status="done")}
+        assert done > finished, f"nothing was kept before {step}"
+        finished = done
     rlhfw(tmp_path, "demo", "--fast")
     with connect(tmp_path / "workbench.duckdb", read_only=True) as store:
         assert figures(store) == first[1]["figures"]
@@ -149,7 +154,9 @@ def _wait_for_step(folder: Path, step: str, process: "subprocess.Popen[bytes]") 
                 cells = nbformat.read(copy, 4).cells
             except Exception:
                 continue
-            running = next((c for c in cells if f"{step}," in c.source and c.cell_type == "code"), None)
+            running = next(
+                (c for c in cells if c.cell_type == "code" and "run_once(" in c.source and f"{step}," in c.source), None
+            )
             if running is not None and running.metadata.get("papermill", {}).get("status") == "running":
                 time.sleep(1.0)
                 return

@@ -4,12 +4,14 @@ import asyncio
 import gc
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -30,6 +32,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from rlhf_workbench.cli import main
 from rlhf_workbench.commands.serve import Place, _listening, check_place, is_here, project_names, serve
 from rlhf_workbench.core.errors import InputError, MissingError
 from rlhf_workbench.core.schema import (
@@ -238,6 +241,80 @@ def test_every_acknowledged_write_is_there_after_the_end(tmp_path: Path, number:
         assert [alert["id"] for alert in found] == acknowledged
         assert again.browser.get("/readyz").status_code == 200
     with connect(path) as store:
+        assert store.verify().is_intact
+
+
+def write_until_lost(url: str, secret: str, acknowledged: list[str]) -> None:
+    """Post prompts and note those that were acknowledged, until nobody answers."""
+    headers = {"Authorization": f"Bearer {secret}"}
+    with httpx.Client(base_url=f"{url}/v1/projects/pilot/", headers=headers, timeout=30) as client:
+        while True:
+            try:
+                answer = client.post("prompts", json=[{"text": "x" * 200}, {"text": "y"}])
+            except httpx.TransportError:
+                return
+            assert answer.status_code == 201, answer.text
+            acknowledged.extend(answer.json()["ids"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_five_kills_under_many_writers_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+    path, draw = tmp_path / "pilot.duckdb", random.Random(5)
+    acknowledged: list[str] = []
+    with connect(path) as store:
+        secret = make_token(store, "rob", "researcher")[1]
+    for _ in range(5):
+        with served(path) as service, ThreadPoolExecutor(4) as pool:
+            before = len(acknowledged)
+            writing = [pool.submit(write_until_lost, service.url, secret, acknowledged) for _ in range(4)]
+            until(lambda before=before: len(acknowledged) > before + 20)
+            time.sleep(draw.uniform(0.0, 0.3))
+            service.process.kill()
+            service.process.wait(30)
+            for one in writing:
+                one.result(60)  # no error but the kill
+    with connect(path) as store:  # needs no repair
+        kept = store.arrow(Prompt)["id"].to_pylist()
+        assert store.verify().is_intact
+        store.append(Prompt(text="and on it goes"))
+    assert len(acknowledged) > 100
+    assert not set(acknowledged) - set(kept)
+    assert len(set(kept)) == len(kept)
+    assert len(kept) % 2 == 0  # both of a request or none
+
+
+@pytest.mark.slow
+def test_a_served_store_is_backed_up_and_brought_back_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, folder, again = tmp_path / "pilot.duckdb", tmp_path / "monday", tmp_path / "elsewhere" / "again.duckdb"
+    again.parent.mkdir()
+    with connect(path) as store:
+        secret = make_token(store, "rob", "researcher")[1]
+    with served(path) as service, ThreadPoolExecutor(1) as pool:
+        acknowledged: list[str] = []
+        writing = pool.submit(write_until_lost, service.url, secret, acknowledged)
+        until(lambda: len(acknowledged) > 20)
+        before = list(acknowledged)
+        assert main(["store", "backup", str(folder), "--store", str(path), "--json"]) == 0
+        made = json.loads(capsys.readouterr().out)
+        assert main(["store", "restore", str(folder), "--store", str(again)]) == 0
+        assert main(["store", "restore", str(folder), "--store", str(path)]) == 2  # never over one that is there
+        with connect(again) as copy:
+            kept = copy.arrow(Prompt)["id"].to_pylist()
+            assert copy.verify().is_intact
+            assert copy.verify().n_changes == made["n_changes"]
+            copy.append(Prompt(text="only here"))
+        n_then = len(acknowledged)
+        until(lambda: len(acknowledged) > n_then)  # the service went on all the while
+        service.process.kill()
+        writing.result(60)
+    assert not set(before) - set(kept)
+    with connect(path) as store:
+        served_ids = store.arrow(Prompt)["id"].to_pylist()
+        assert not set(acknowledged) - set(served_ids)
+        assert kept == served_ids[: len(kept)]  # one moment of it
         assert store.verify().is_intact
 
 

@@ -18,6 +18,8 @@ from endless_writer import work
 
 from rlhf_workbench.core.errors import StateError
 from rlhf_workbench.core.schema import Annotation, Prompt
+from rlhf_workbench.core.sealing import new_key
+from rlhf_workbench.store.encryption import find_key, is_encrypted
 from rlhf_workbench.store.owner import read_owner
 from rlhf_workbench.store.tables import connect
 
@@ -27,7 +29,7 @@ KILLS = 200
 
 def victim(workers: list[BaseProcess], path: Path, draw: random.Random) -> BaseProcess:
     """The owner half of the time, otherwise one of those who joined."""
-    note = read_owner(path)
+    note = read_owner(path, find_key(path))
     owner = [w for w in workers if note and w.pid == note.pid]
     return owner[0] if owner and draw.random() < 0.5 else draw.choice(workers)
 
@@ -40,12 +42,22 @@ def wait_for_more(said: Path) -> None:
         time.sleep(0.005)
 
 
+def give_key(path: Path) -> None:
+    """A key beside the store, where every worker finds it."""
+    file = path.with_suffix(".key")
+    file.touch(mode=0o600)
+    file.write_text(new_key())
+
+
 @pytest.mark.timeout(600)
-def test_two_hundred_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kills", "has_key"), [(KILLS, False), (20, True)], ids=["plain", "encrypted"])
+def test_kills_lose_nothing_that_was_acknowledged(tmp_path: Path, kills: int, has_key: bool) -> None:
     path, said, draw = tmp_path / "s.duckdb", tmp_path / "said", random.Random(7)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["endless_writer"])
     made = 0
+    if has_key:
+        give_key(path)
 
     def start() -> BaseProcess:
         nonlocal made
@@ -56,12 +68,12 @@ def test_two_hundred_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) ->
 
     workers = [start() for _ in range(4)]
     owners_killed = 0
-    for _ in range(KILLS):
+    for _ in range(kills):
         wait_for_more(said)
         time.sleep(draw.uniform(0.0, 0.15))
         found = victim(workers, path, draw)
         assert found.is_alive(), "a worker ended by itself"
-        note = read_owner(path)
+        note = read_owner(path, find_key(path))
         owners_killed += bool(note and note.pid == found.pid)
         os.kill(found.pid or 0, signal.SIGKILL)
         found.join(10)
@@ -79,8 +91,9 @@ def test_two_hundred_kills_lose_nothing_that_was_acknowledged(tmp_path: Path) ->
         )
         assert pairs["n"][0] == 0  # both or none
         store.append(Prompt(text="and on it goes"))
-    assert owners_killed >= KILLS // 4
-    assert len(acknowledged) > KILLS
+    assert is_encrypted(path) == has_key
+    assert owners_killed >= kills // 4
+    assert len(acknowledged) > kills
     assert not set(acknowledged) - set(kept)
     assert max(Counter(kept).values()) == 1
 

@@ -102,8 +102,7 @@ def scan_values(
 def _quiet_period(stream: Floats, kind: Kind, reference: int | npt.ArrayLike | None) -> Floats | None:
     """The values that `auto` learns from; None: nothing."""
     if reference is not None and not isinstance(reference, int):
-        quiet = np.asarray(reference, dtype=np.float64)
-        return _enough(quiet, kind)
+        return np.asarray(reference, dtype=np.float64)
     if reference is None and kind == "errors":
         quiet = stream[: min(LEARNT[-1], len(stream) // 2)]
         is_known = len(quiet) >= FEWEST_TO_LEARN and independence_p(quiet) < DOUBT
@@ -119,17 +118,7 @@ def _quiet_period(stream: Floats, kind: Kind, reference: int | npt.ArrayLike | N
             f"not enough data: the first {count} values are all {stream[0]:g}, and scores need a scale; "
             "name a longer quiet period with --reference-rows, or give --reference"
         )
-    return _enough(stream[:count], kind) if count else None
-
-
-def _enough(quiet: Floats, kind: Kind) -> Floats:
-    """The reference, unless nothing can be learnt from it."""
-    if kind == "errors" and len(quiet) < FEWEST_TO_LEARN:
-        raise InputError(
-            f"not enough data: the reference has {len(quiet)} values, needs {FEWEST_TO_LEARN}; "
-            "widen the reference period, or leave it out"
-        )
-    return quiet
+    return stream[:count] if count else None
 
 
 _ONE_BY_ONE = "the budget is kept if one value says nothing about the next"
