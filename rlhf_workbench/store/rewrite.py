@@ -68,6 +68,7 @@ def alone_with(
     if not file.is_file():
         raise MissingError(f"there is no store {path}; name another with --store")
     with hold_lock(file):
+        clear_leftovers(file)
         yield file
 
 
@@ -98,7 +99,6 @@ def _rewrite(path: Path, old: Key | None, new: Key | None) -> Rewritten:
     before = sum(file.stat().st_size for file in (path, path.with_name(f"{path.name}.wal")) if file.exists())
     part, source = _part(path), open_database(path, old)
     try:
-        clear_leftovers(path)
         source.execute("CHECKPOINT")
         _, report = copy_database(source, part, new)
     finally:
