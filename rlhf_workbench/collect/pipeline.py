@@ -78,7 +78,7 @@ class BatchLLM(LLM):  # type: ignore[misc]
         try:
             self._loaded = load_model(self.path)
         except Exception as error:
-            note_failure(Path(self.folder), type(error).__name__, str(error))
+            note_failure(Path(self.folder), type(error).__name__, str(error) or repr(error))
             raise
 
     @property
@@ -99,7 +99,7 @@ class BatchLLM(LLM):  # type: ignore[misc]
         try:
             rounds = [self._answer(inputs, self.seed + i, settings) for i in range(num_generations)]
         except Exception as error:
-            note_failure(Path(self.folder), type(error).__name__, str(error))
+            note_failure(Path(self.folder), type(error).__name__, str(error) or repr(error))
             raise
         return [
             {
@@ -207,5 +207,5 @@ def main(
         part.rename(here / "answers.json")
     except Exception as error:
         cause = error.__cause__ or error
-        note_failure(here, type(cause).__name__, str(cause))
+        note_failure(here, type(cause).__name__, str(cause) or repr(cause))
         raise
