@@ -239,10 +239,8 @@ _MEMBERS = """
 SELECT DISTINCT p.name, array_to_string(p.words[:6], ', ') AS words, m.comparison_id
 FROM mistake m JOIN current_mistake_pattern p ON list_contains(p.mistake_ids, m.id)
 WHERE p.status = 'open' AND m.comparison_id IN (SELECT unnest(?))"""
-_PATTERNS = """
-SELECT m.comparison_id, string_agg(DISTINCT p.name, ', ' ORDER BY p.name) AS pattern
-FROM mistake m JOIN current_mistake_pattern p ON list_contains(p.mistake_ids, m.id)
-WHERE p.status = 'open' AND m.comparison_id IN (SELECT unnest(?)) GROUP BY 1"""
+_PATTERNS = f"""
+SELECT comparison_id, string_agg(DISTINCT name, ', ' ORDER BY name) AS pattern FROM ({_MEMBERS}) GROUP BY 1"""
 
 
 def read_examples(
