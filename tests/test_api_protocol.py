@@ -227,7 +227,9 @@ def test_numbers_headers_and_a_log_without_secrets(running: Running) -> None:
 
 
 def test_greed_is_slowed_down_and_forgiven() -> None:
-    limits = Limits(rate=50, burst=5, stranger_rate=50, stranger_burst=3)
+    limits = Limits(
+        rate=1, burst=5, stranger_rate=1, stranger_burst=3
+    )  # a second each: slow machines must be greedy too
     with connect(":memory:") as store, serving(store, limits) as running, running.client as client:
         answers = [client.get("/v1/projects/pilot/prompts") for _ in range(20)]
         late = next(answer for answer in answers if answer.status_code == 429)

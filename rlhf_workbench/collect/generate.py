@@ -30,7 +30,7 @@ from ..core import errors
 from ..core.errors import InputError, MissingError, StateError
 from ..core.messages import question, turn_text
 from ..core.schema import Comparison, Generation, Messages, Observation, Prompt
-from ..core.settings import needs_extra
+from ..core.settings import needs_extra, socket_dir
 from ..store.tables import Store
 
 # %% ../../nbs/collect/02_generate.ipynb #490f1e64
@@ -64,6 +64,7 @@ def _environment(folder: Path, path: str) -> dict[str, str]:
     """What the group may see: no hub for a local folder, and a place below the folder for what is cached."""
     given = dict(os.environ)
     given |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "DISTILABEL_LOG_LEVEL": "WARNING"}
+    given |= {"TMPDIR": socket_dir()}  # its processes talk over sockets
     if Path(path).is_dir():
         given |= {"HF_HUB_OFFLINE": "1"}
     return given

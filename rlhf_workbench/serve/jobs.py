@@ -24,7 +24,7 @@ from typing import Any
 
 from ..core import errors
 from ..core.errors import InputError, MissingError, StateError
-from ..core.settings import needs_extra
+from ..core.settings import needs_extra, socket_dir
 
 # %% ../../nbs/serve/00_jobs.ipynb #1daf90de
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _surroundings() -> Iterator[Any]:
     from traitlets.config import Config
 
     before = os.environ.get("TQDM_DISABLE")
-    with tempfile.TemporaryDirectory(prefix="rlhfw-") as sockets:
+    with tempfile.TemporaryDirectory(prefix="rlhfw-", dir=socket_dir()) as sockets:
         os.environ["TQDM_DISABLE"] = "1"
         try:
             quiet = {"extra_arguments": ["--IPKernelApp.log_level=50"]}  # it calls its own shutdown an error
