@@ -500,7 +500,7 @@ def test_two_processes_watch_every_value_once(tmp_path: Path) -> None:
 
 
 def test_values_one_by_one_in_the_store_give_the_events_of_all_at_once() -> None:
-    errors = _errors(1, (0.1, 90), (0.9, 30))
+    errors = _errors(1, (0.1, 210), (0.9, 30))
     with connect(":memory:") as one, connect(":memory:") as other:
         for value in errors:
             one.append(Observation(stream="s", value=value))
@@ -764,12 +764,30 @@ def test_a_watch_that_learns_remembers_what_it_has_learnt(cut: int) -> None:
     again.restore(_json(part.state()))
     assert first + again.take(stream[cut:]) == expected
     assert again.state() == whole.state()
-    assert again.threshold > ChangeWatch().threshold + 3
-    assert again.alarm_rate == again.budget
+    assert again.demand.alarm_at > ChangeWatch().demand.alarm_at + 3
+    assert again.demand.alarm_rate == again.demand.budget
+
+
+@pytest.mark.parametrize("run", [4, 8])
+def test_a_watch_that_learns_keeps_the_budget(run: int) -> None:
+    """Six quiet streams of 10,000 in bursts, six false alarms allowed: one that does not learn raises 40 and more."""
+    streams = [_bursts(seed, 10_000, run) for seed in range(6)]
+    fired = [len(find_changes(stream, ChangeWatch(learns=True))[0]) for stream in streams]
+    assert sum(fired) <= 6
+    assert len(find_changes(streams[0], ChangeWatch())[0]) > 3
+
+
+def test_before_it_is_known_how_errors_come_there_are_warnings_and_no_alarm() -> None:
+    step, late = _errors(1, (0.1, 90), (0.9, 200)), _errors(1, (0.1, 400), (0.9, 200))
+    notices = ChangeWatch(learns=True).take(step)
+    assert [(n.event, n.change.index < 120) for n in notices] == [("warning", True), ("alarm", False)]
+    alarm = notices[1].change
+    assert (alarm.index, alarm.direction) == (200, "rise")
+    assert 85 <= alarm.start <= 92
+    assert [c.index < 420 for c in find_changes(late, ChangeWatch(learns=True))[0]] == [True]
 
 
 def test_the_service_learns_how_errors_come() -> None:
-    """One stream of 6,000 in bursts: far fewer alarms than a watch raises that takes them one by one."""
     values = _bursts(0, 6000)
     with connect(":memory:") as store:
         watch = ObservationWatch(store)
@@ -779,6 +797,13 @@ def test_the_service_learns_how_errors_come() -> None:
         fired = len(store.records(DriftEvent, is_confirmed=True))
         assert _told(store) == _in_one_pass(values, "errors")
     assert len(find_changes(values)[0]) >= 4 * max(1, fired)
+
+
+def test_it_is_said_how_many_errors_are_missing() -> None:
+    with connect(":memory:") as store:
+        for n, needed in ((150, 50), (49, 1), (1, 0)):
+            store.append([Observation(stream="s", value=v) for v in _errors(n, (0.1, n))])
+            assert watch_observations(store, "s").needed == needed
 
 
 @pytest.mark.parametrize(("words", "n"), [(["--reference-rows", "150"], 150), (["--reference", "few.npz"], 10)])

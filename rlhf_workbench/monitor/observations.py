@@ -35,7 +35,7 @@ class Watched:
     events: tuple[DriftEvent, ...]  # that were written in this look, corrections included
     skipped: int  # values that cannot be watched: missing, or neither 0 nor 1 among errors
     late: int  # values whose time lies before that of one seen earlier
-    needed: int  # values still missing before the reference is complete; 0: watching
+    needed: int  # values still missing before there can be an alarm, or before more is known; 0: watching
 
 
 @dataclass
@@ -214,7 +214,8 @@ class ObservedStream:
         events = self._follow(self._memory, ready)
         if events or self._memory.seen - self._kept_at >= _KEEP_AFTER:
             self._store.append([*events, self._state(self._memory)])
-        return Watched(self._memory.seen, len(rows), tuple(events), len(rows) - len(ready), late, 0)
+        needed = 0 if (demand := self._memory.watch.demand).may_alarm else demand.next_look
+        return Watched(self._memory.seen, len(rows), tuple(events), len(rows) - len(ready), late, needed)
 
     def _begun(self, quiet: Floats) -> _Memory:
         """The memory of a watch that begins after the store's last state."""
