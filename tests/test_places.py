@@ -14,21 +14,23 @@ from rlhf_workbench.core.errors import InputError, StateError
 from rlhf_workbench.core.schema import Annotation, Comparison, Generation, Lease, Prompt, utc_now
 from rlhf_workbench.store.tables import Store, connect
 
-# The definition: items without an answer or skip of this person, and with fewer answers and others' leases than wanted.
+# The definition: for each person the first item without an answer or skip of theirs, and with fewer answers and others'
+# leases than wanted.
 FREE = """
-WITH answers AS (
-    SELECT comparison_id, count(DISTINCT annotator_id) FILTER (label <> 'skip') AS n, bool_or(annotator_id = $who) AS is_mine
+WITH person AS (SELECT unnest($people) AS who),
+answers AS (
+    SELECT comparison_id, count(DISTINCT annotator_id) FILTER (label <> 'skip') AS n, list(annotator_id) AS whose
     FROM current_annotation WHERE queue = $queue GROUP BY comparison_id),
 leased AS (
-    SELECT comparison_id, count(DISTINCT annotator_id) AS n FROM current_lease
-    WHERE queue = $queue AND expires_at > $now AND annotator_id <> $who
+    SELECT who, comparison_id, count(DISTINCT annotator_id) AS n FROM current_lease, person
+    WHERE queue = $queue AND expires_at > $now AND annotator_id <> who
       AND id NOT IN (SELECT lease_id FROM annotation WHERE lease_id IS NOT NULL)
-    GROUP BY comparison_id),
+    GROUP BY ALL),
 item AS (SELECT *, row_number() OVER (ORDER BY id) AS place FROM current_queue_item WHERE queue = $queue)
-SELECT item.comparison_id, item.place
-FROM item LEFT JOIN answers USING (comparison_id) LEFT JOIN leased USING (comparison_id)
-WHERE NOT coalesce(is_mine, false) AND coalesce(answers.n, 0) + coalesce(leased.n, 0) < overlap
-ORDER BY priority DESC, item.id LIMIT 1
+SELECT DISTINCT ON (who) who, comparison_id, place
+FROM item CROSS JOIN person LEFT JOIN answers USING (comparison_id) LEFT JOIN leased USING (who, comparison_id)
+WHERE NOT list_contains(coalesce(whose, []), who) AND coalesce(answers.n, 0) + coalesce(leased.n, 0) < overlap
+ORDER BY who, priority DESC, item.id
 """
 PEOPLE = ["ada", "ben", "cleo"]
 QUEUES = ["q", "r"]
@@ -75,14 +77,12 @@ def do(store: Store, what: tuple[Any, ...], pairs: list[str]) -> None:
 
 def check(store: Store, now: datetime) -> None:
     for name in QUEUES:
-        for who in PEOPLE:
-            wanted = store.sql(FREE, {"queue": name, "who": who, "now": now})
-            with store.transaction():
-                line = places_of(store, now).queues.get(name)
-                found = line.first_for(who) if line else None
-            assert (found and (found.comparison_id, found.place)) == (
-                None if wanted.empty else (wanted["comparison_id"][0], wanted["place"][0])
-            ), (name, who)
+        rows = store.sql(FREE, {"queue": name, "people": PEOPLE, "now": now})
+        wanted = {who: (pair, place) for who, pair, place in rows.itertuples(index=False)}
+        with store.transaction():
+            line = places_of(store, now).queues.get(name)
+            found = {who: line.first_for(who) if line else None for who in PEOPLE}
+        assert {who: (item.comparison_id, item.place) for who, item in found.items() if item} == wanted, name
 
 
 @settings(max_examples=60, deadline=None)
