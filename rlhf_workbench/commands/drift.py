@@ -96,7 +96,8 @@ def _in_words(facts: dict[str, Any]) -> str:
     most = "at most " if facts["is_most"] else ""
     promise = "" if expected is None else f", {most}{expected:.2g} false ones expected"
     what = "errors (0 and 1)" if facts["kind"] == "errors" else "scores"
-    lines.append(f"{len(facts['alarms'])} alarms in {facts['n']} {what}{promise}; {facts['seconds']} s")
+    fired = "1 alarm" if len(facts["alarms"]) == 1 else f"{len(facts['alarms'])} alarms"
+    lines.append(f"{fired} in {facts['n']} {what}{promise}; {facts['seconds']} s")
     return "\n".join([*lines, *facts["notes"]])
 
 # %% ../../nbs/commands/11_drift.ipynb #d1f9f0a1
