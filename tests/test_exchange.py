@@ -17,8 +17,8 @@ from rows import rows
 
 from rlhf_workbench.core.errors import InputError, MissingError, StateError
 from rlhf_workbench.core.files import MAX_LINE, file_kind, read_rows, write_rows
-from rlhf_workbench.core.formats import FORMATS, Example, parse_line, render
-from rlhf_workbench.core.messages import answer, hh_text, question
+from rlhf_workbench.core.formats import FORMATS, parse_line, render
+from rlhf_workbench.core.messages import Example, answer, hh_text, question
 from rlhf_workbench.core.schema import Annotation, Comparison, Consensus, Generation, Preference, Prompt, Rating, new_id
 from rlhf_workbench.store import exchange
 from rlhf_workbench.store.datasets import dataset_examples

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("sklearn", reason="comes with the extra monitor")
 
 from rlhf_workbench.core.errors import InputError, MissingError, StateError
-from rlhf_workbench.core.formats import Example
+from rlhf_workbench.core.messages import Example
 from rlhf_workbench.core.plugins import Plugin, PluginError
 from rlhf_workbench.core.schema import Annotation, Comparison, Consensus, Form, Generation, Model, Prediction, Prompt
 from rlhf_workbench.monitor import traits as traits_module

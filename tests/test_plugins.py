@@ -20,7 +20,7 @@ from rlhf_workbench.cli import main
 from rlhf_workbench.core import formats
 from rlhf_workbench.core.contracts import broken_promises, check_plugin, plugin_checks
 from rlhf_workbench.core.errors import InputError, MissingError, StateError
-from rlhf_workbench.core.formats import Example
+from rlhf_workbench.core.messages import Example
 from rlhf_workbench.core.packages import module_name, new_package
 from rlhf_workbench.core.plugins import (
     GROUP,

@@ -65,7 +65,8 @@ def check(name: str, store: Path, as_json: bool) -> None:
 
     Example: rlhfw plugins check aggregator.majority
     """
-    from rlhf_workbench.core.contracts import CHECKS, broken_promises
+    from rlhf_workbench.core.contracts import broken_promises
+    from rlhf_workbench.core.promises import CHECKS
 
     plugin = named_plugin(name)
     with _own_stdout():

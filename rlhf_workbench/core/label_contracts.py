@@ -22,10 +22,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .contracts import Maker, contract, promise, refuses
 from .errors import InputError
-from .formats import Example
-from .messages import canonical
+from .messages import Example, canonical
+from .promises import Maker, contract, promise, refuses
 from .schema import Messages
 
 # %% ../../nbs/core/08_label_contracts.ipynb #3f2f4ee7

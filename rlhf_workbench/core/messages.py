@@ -7,12 +7,13 @@ Docs: https://OWNER.github.io/rlhf_workbench/core/messages.html.md"""
 # %% auto #0
 __all__ = ['Row', 'ROLES', 'question', 'answer', 'turn_text', 'hh_text', 'answer_text', 'question_text', 'EmptyError',
            'check_values', 'kind_of', 'take', 'take_messages', 'check_question', 'check_answer', 'canonical',
-           'split_pair', 'hh_turns', 'check_plain', 'plain_text']
+           'split_pair', 'hh_turns', 'check_plain', 'plain_text', 'Example']
 
 # %% ../../nbs/core/03_messages.ipynb #af63ca0c
 import json
 import math
 import re
+from dataclasses import dataclass, field
 from typing import Any
 
 from .errors import InputError
@@ -240,3 +241,15 @@ def plain_text(
             f"all but one of {len(turns)} turns would be lost; use a format with messages (trl-chat, openai)"
         )
     return str(check_plain(turns, (role,))[0]["content"])
+
+# %% ../../nbs/core/03_messages.ipynb #133ef12e
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """A row of any format, in neutral form."""
+
+    messages: Messages  # the conversation up to the question
+    answers: tuple[Messages, ...]  # chosen and rejected, or the only answer
+    is_good: bool | None = None  # the label of an only answer
+    scores: tuple[float, ...] = ()  # one an answer, or none at all
+    format: str = ""  # where the row came from; empty: made here
+    frame: Row = field(default_factory=dict)  # the row in its own order, None where the parts above belong

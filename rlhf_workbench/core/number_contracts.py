@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .contracts import Maker, contract, promise, refuses
 from .errors import InputError
+from .promises import Maker, contract, promise, refuses
 from .schema import Alert
 
 # %% ../../nbs/core/09_number_contracts.ipynb #d2c698b3

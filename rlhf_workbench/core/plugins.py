@@ -22,8 +22,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from .errors import InputError, MissingError, StateError, WorkbenchError
-from .formats import Example
-from .messages import Row
+from .messages import Example, Row
 from .schema import Alert, Messages
 
 # %% ../../nbs/core/06_plugins.ipynb #70ade7df

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from .contracts import Maker, contract, promise
+from .promises import Maker, contract, promise
 
 # %% ../../nbs/core/13_symbol_contracts.ipynb #eb43ccc1
 _TEXTS = (

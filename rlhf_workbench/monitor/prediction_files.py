@@ -102,7 +102,9 @@ def _find(there: Sequence[str], wanted: str | None, known: Sequence[str], what: 
     found = [wanted] if wanted else [name for name in known if name in there]
     if not found or found[0] not in there:
         named = f"no column {wanted!r}" if wanted else f"none of the columns {', '.join(known)}"
-        raise InputError(f"{path} has {named} for the {what}; it has {', '.join(there) or 'no other column'}; name one with --{what}")
+        raise InputError(
+            f"{path} has {named} for the {what}; it has {', '.join(there) or 'no other column'}; name one with --{what}"
+        )
     return found[0]
 
 

@@ -18,8 +18,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from ..core.errors import InputError, StateError
-from ..core.formats import Example
-from ..core.messages import answer_text, canonical, question_text
+from ..core.messages import Example, answer_text, canonical, question_text
 from ..core.plugins import find_plugins, load_plugin
 from .seeds import FORMAL
 from .symbols import MOST_CHARACTERS, RULES, words

@@ -13,8 +13,8 @@ import json
 from typing import Any, Literal
 
 from ..core.errors import InputError, MissingError, StateError
-from ..core.formats import Example, turn_around
-from ..core.messages import Row, answer, answer_text, canonical, question, question_text
+from ..core.formats import turn_around
+from ..core.messages import Example, Row, answer, answer_text, canonical, question, question_text
 from rlhf_workbench.core.schema import (
     Annotation,
     Comparison,

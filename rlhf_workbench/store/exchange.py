@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 
 from ..core.errors import InputError, StateError
 from ..core.files import file_stem, read_rows, write_rows
-from ..core.formats import Example, detect_format, find_format, parse_line, render, unpair
-from ..core.messages import EmptyError, Row, canonical
+from ..core.formats import detect_format, find_format, parse_line, render, unpair
+from ..core.messages import EmptyError, Example, Row, canonical
 from ..core.schema import Record
 from ..core.sealing import Key
 from .datasets import ExampleWriter, Labels, dataset_examples
