@@ -46,12 +46,17 @@ def _draw_panel(axes: Any, panel: Chart, hits: Sequence[Hit]) -> None:
         axes.step(x, table[name], style, where="mid", color="tab:blue", lw=0.8)
     hit = table[table["rules"] != ""]
     axes.plot(hit["index"], hit["value"], "o", color="tab:red", ms=4)
+    names: dict[int, list[str]] = {}
     for first in first_of_each([h for h in hits if h.panel == panel.label]):
-        at = (first.index, panel.values[first.index])
         short = first.rule.replace("western-electric-", "W").replace("nelson-", "N").replace("limits", "")
-        axes.annotate(short, at, xytext=(0, 5), textcoords="offset points", ha="center", fontsize=7, color="tab:red")
+        names.setdefault(first.index, []).append(short)
+    for i, found in names.items():
+        is_high = panel.values[i] >= panel.center[i]
+        where = {"xytext": (0, 4 if is_high else -4), "va": "bottom" if is_high else "top", "ha": "center"}
+        at, text = (i, panel.values[i]), "\n".join(filter(None, found))
+        axes.annotate(text, at, textcoords="offset points", fontsize=7, linespacing=0.9, color="tab:red", **where)
     axes.set_ylabel(panel.label)
-    axes.margins(y=0.15)
+    axes.margins(y=0.25)
 
 
 def plot_chart(

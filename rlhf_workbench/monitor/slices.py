@@ -55,7 +55,8 @@ def slice_names(
     names = {c: f"{c.left:.4g} to {c.right:.4g}" for c in cut.cat.categories}
     lowest = cut.cat.categories[0]  # pandas draws its left border a little to the left
     names[lowest] = f"{values.min():.4g} to {lowest.right:.4g}"
-    return cut.astype(object).map(names)
+    in_order = pd.CategoricalDtype(list(dict.fromkeys(names.values())), ordered=True)
+    return cut.astype(object).map(names).astype(in_order)
 
 
 def calibration_by_slice(
@@ -73,7 +74,7 @@ def calibration_by_slice(
         raise InputError(f"slices need the columns {', '.join(missing)}; the table has {', '.join(rows.columns)}")
     found = []
     for column in by:
-        for name, part in rows.groupby(slice_names(rows[column]), sort=True):
+        for name, part in rows.groupby(slice_names(rows[column]), sort=True, observed=True):
             found.append({"by": column, "slice": str(name), "n": len(part)} | _measure(part, seed, least, draws))
     table = pd.DataFrame(found, columns=["by", "slice", "n", *_MEASURED])
     tested = table["p_value"].notna()
@@ -154,7 +155,7 @@ def plot_slices(
     if ceiling and not math.isnan(ceiling["agreement"]):
         left.axvspan(ceiling["low"], ceiling["high"], color="tab:blue", alpha=0.15)
         left.axvline(ceiling["agreement"], color="tab:blue", lw=1, label="people among themselves")
-        left.legend(frameon=False, fontsize=7, loc="lower left")
+        figure.legend(frameon=False, fontsize=7, loc="outside upper left")
     right.axvline(0, color="0.8", lw=1)
     left.set_xlabel("accuracy")
     right.set_xlabel("confidence − accuracy")
