@@ -30,10 +30,11 @@ from .commands.serve import serve
 from .commands.stages import queue, stage, trial
 from .commands.store import KEY_FILE, need_key, store_group
 from .commands.triggers import trigger
-from .commands.verbs import FILE, OUT, Verbs, existing_file, rows_of, say, shared, text_of
+from .commands.verbs import FILE, OUT, Verbs, existing_file, rows_of, say, shared, text_of, to_change
 from .commands.webhooks import alert, webhook
 from .core.errors import InputError, WorkbenchError
 from .core.files import SEALED
+from .core.settings import existing_store
 
 # %% ../nbs/cli.ipynb #ed663bb7
 @click.group(cls=Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -201,7 +202,7 @@ def export_preferences(
     from rlhf_workbench.store.tables import connect
 
     options = {"format": layout, "labels": labels, "allow_loss": allow_loss, "overwrite": overwrite}
-    key = need_key(store, key_file) if encrypt else None
+    key = need_key(existing_store(store), key_file) if encrypt else None
     with connect(store, read_only=True) as opened:
         n = export_dataset(opened, name, file, key=key, **options)
     say(as_json, {"name": name, "file": file, "rows": n}, f"{n} rows written to {file}")
@@ -261,10 +262,8 @@ def proposals(store: Path, as_json: bool) -> None:
 def _decide(verdict: Any, proposal: str, reason: str, actor: str, store: Path, as_json: bool) -> None:
     """Record a decision and say so."""
     from rlhf_workbench.govern.approval import decide
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)  # deciding in a new, empty store is a slip
-    with connect(store, actor=actor) as opened:
+    with to_change(store, actor) as opened:
         decision = decide(opened, proposal, verdict, reason=reason, actor=actor)
     say(as_json, asdict(decision), f"{proposal} is {verdict}")
 

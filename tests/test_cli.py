@@ -4,6 +4,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -52,7 +53,7 @@ def test_every_verb_knows_the_shared_words(name: str, capsys: pytest.CaptureFixt
         (["demo", "--prompts", "nowhere.txt"], "there is no file nowhere.txt"),
         (["run", "dance"], "there is no job 'dance'; there are"),
         (["run", "loop", "-p", "speed", "9"], "has no parameter speed"),
-        (["approve", "ID", "--reason", "because"], "there is no file"),
+        (["approve", "ID", "--reason", "because"], "there is no store"),
         (["approve", "ID"], "--reason"),
         (["sql", "DROP TABLE prompt"], "there is no store"),
     ],
@@ -119,11 +120,74 @@ def test_a_new_plugin_without_its_kind(
     assert "was not given" not in out
 
 
-def test_a_token_for_no_store_says_how_one_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    at = ["--store", str(tmp_path / "no.duckdb")]
-    assert main(["token", "new", "nightly", "--role", "service", *at]) == 2
-    assert "or make one with `rlhfw serve`" in capsys.readouterr().err
-    assert list(tmp_path.iterdir()) == []
+def commands(group: click.Group, before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command with the words that call it."""
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*before, name))
+        else:
+            yield (*before, name), command
+
+
+def needed(command: click.Command, file: Path) -> list[str]:
+    """Words for all that a command insists on."""
+    words: list[str] = []
+    for given in (one for one in command.params if one.required):
+        values = {"folder": str(file.parent / "new"), "out": str(file.parent / "out")}
+        value = (
+            str(file) if isinstance(given.type, click.Path) else "https://example.org" if given.name == "url" else "x"
+        )
+        value = given.type.choices[0] if isinstance(given.type, click.Choice) else values.get(str(given.name), value)
+        words += [given.opts[0], value] if isinstance(given, click.Option) else [value]
+    return words
+
+
+MAKES_ONE = {"demo", "run", "import", "serve", "store restore"}
+NEEDS_NONE = {
+    "drift",
+    "jobs",
+    "model",
+    "store new-key",
+    "store unseal",
+    "doctor",
+    "plugins check",
+    "plugins new",
+    "trigger check",
+}
+MORE = {  # a way that leads into the store
+    "calibrate": ["--model", "x"],
+    "chart note": ["--cause", "x"],
+    "form measure": ["--dataset", "x"],
+}
+IN_STORE = [(words, command) for words, command in commands(app) if " ".join(words) not in MAKES_ONE | NEEDS_NONE]
+
+
+def test_the_lists_name_commands_that_are_there() -> None:
+    names = {" ".join(words) for words, _ in commands(app)}
+    assert {*MAKES_ONE, *NEEDS_NONE, *MORE} <= names
+
+
+@pytest.mark.parametrize(("words", "command"), IN_STORE, ids=[" ".join(words) for words, _ in IN_STORE])
+@pytest.mark.parametrize("has_key", [False, True])
+def test_every_command_refuses_a_store_that_is_not_there_alike_and_makes_nothing(
+    words: tuple[str, ...],
+    command: click.Command,
+    has_key: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if has_key:
+        monkeypatch.setenv("RLHFW_STORE_KEY", "a key of sixteen characters or more")
+    monkeypatch.chdir(tmp_path)
+    missing, file = tmp_path / "missing.duckdb", tmp_path / "file.yaml"
+    file.write_text("rules: []\n")
+    name = " ".join(words)
+    assert main([*words, *needed(command, file), *MORE.get(name, []), "--store", str(missing)]) == 2, name
+    out, err = capsys.readouterr()
+    assert f"there is no store {missing}, and one that is there is needed; give its path (--store" in err
+    assert (err.count("\n"), out) == (1, "")
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_json_is_one_object(store_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

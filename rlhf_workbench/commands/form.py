@@ -13,8 +13,9 @@ from typing import Any
 
 import click
 
-from .verbs import FILE, Verbs, existing_file, rows_of, say, shared, text_of
+from .verbs import FILE, Verbs, existing_file, rows_of, say, shared, text_of, to_change
 from ..core.errors import InputError, MissingError
+from ..core.settings import existing_store
 
 # %% ../../nbs/commands/16_form.ipynb #071aab58
 class _FormVerbs(Verbs):
@@ -106,11 +107,9 @@ def measure(
     else:
         from rlhf_workbench.core.schema import Form
         from rlhf_workbench.store.registry import run_once
-        from rlhf_workbench.store.tables import connect
 
-        existing_file(store)
         source = {"model_id": model_id, "dataset": dataset, "since": since, "until": until}
-        with connect(store) as opened:
+        with to_change(store) as opened:
             run = run_once(opened, measure_form, seed=seed, fresh=True, traits=names, **source)
             record = opened.get(Form, run["form_id"])
     facts = {"subject": record.subject, "version": record.version, "n": record.n, "explained": record.explained}
@@ -126,8 +125,10 @@ def _side(name: str, layout: str | None, store: Path) -> Any:
 
     if Path(name).is_file():
         return _file_pairs(Path(name), layout)
-    if not store.is_file():
-        raise MissingError(f"{name} is no file, and there is no store {store} in which it could be")
+    try:
+        existing_store(store)
+    except MissingError as error:
+        raise MissingError(f"{name} is no file, and {error}") from None
     with connect(store, read_only=True) as opened:
         forms = opened.records(Form, id=name)
         is_model = bool(opened.records(Model, id=name))

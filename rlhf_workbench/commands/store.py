@@ -19,8 +19,9 @@ from typing import Any
 
 import click
 
-from .verbs import FILE, Verbs, existing_file, say, shared
+from .verbs import FILE, Verbs, say, shared, to_change
 from ..core.errors import InputError, MissingError, StateError
+from ..core.settings import existing_store
 
 # %% ../../nbs/commands/03_store.ipynb #207553b4
 @click.group("store", cls=Verbs)
@@ -114,7 +115,7 @@ def encrypt(key_file: Path | None, store: Path, as_json: bool) -> None:
     """
     from rlhf_workbench.store.rewrite import encrypt_store
 
-    done = encrypt_store(store, need_key(store, key_file))
+    done = encrypt_store(store, need_key(existing_store(store), key_file))
     _say_rewritten(as_json, done, f"{store} is encrypted", _warn_of_plain(store))
 
 
@@ -140,7 +141,7 @@ def rotate_key_verb(key_file: Path | None, new_key_file: Path | None, store: Pat
     from rlhf_workbench.store.encryption import read_key_file
     from rlhf_workbench.store.rewrite import rotate_key
 
-    old = need_key(store, key_file)
+    old = need_key(existing_store(store), key_file)
     new = read_key_file(new_key_file) if new_key_file else _ask_key("new key")
     _say_rewritten(as_json, rotate_key(store, old, new), f"{store} has a new key; put it where the old one was")
 
@@ -155,7 +156,7 @@ def decrypt(key_file: Path | None, store: Path, as_json: bool) -> None:
     """
     from rlhf_workbench.store.rewrite import decrypt_store
 
-    _say_rewritten(as_json, decrypt_store(store, need_key(store, key_file)), f"{store} is a plain file")
+    _say_rewritten(as_json, decrypt_store(store, need_key(existing_store(store), key_file)), f"{store} is a plain file")
 
 
 @store_group.verb("Encrypt")
@@ -218,10 +219,8 @@ def backup(folder: Path, with_files: bool, key_file: Path | None, store: Path, a
     Example: rlhfw store backup monday --files
     """
     from rlhf_workbench.store.backup import Manifest
-    from rlhf_workbench.store.tables import connect
 
-    existing_file(store)
-    with key_from(key_file), connect(store) as opened:
+    with key_from(key_file), to_change(store) as opened:
         made = Manifest(**opened.back_up(folder, with_files=with_files))
     _say_backup(as_json, made, f"{made.n_changes} changes are in {folder}; head {made.head}")
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import click
 
 from ..core.errors import InputError
+from ..core.settings import existing_store
 
 # %% ../../nbs/commands/00_verbs.ipynb #e2acba4f
 class Verbs(click.Group):
@@ -109,11 +110,9 @@ def existing_file(path: Path) -> str:
 
 def to_change(
     store: Path,
-    actor: str,  # recorded with every change
+    actor: str = "local",  # recorded with every change
 ) -> Any:  # a Store
-    """A store that is there, open; raises `InputError` when it is not: to change a new, empty one is a slip."""
+    """A store that is there, open; raises `MissingError` when it is not: to change a new, empty one is a slip."""
     from rlhf_workbench.store.tables import connect
 
-    if not store.is_file():
-        raise InputError(f"there is no store {store}; check the path, or make one with `rlhfw serve` or `rlhfw demo`")
-    return connect(store, actor=actor)
+    return connect(existing_store(store), actor=actor)

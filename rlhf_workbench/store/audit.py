@@ -265,11 +265,14 @@ class HeadFile:
         path: Path,  # of the store
         head: tuple[int, str],  # the last change that the store has
         hash_at: Callable[[int], str | None],  # the hash of a change of the store
+        is_read_only: bool = False,
     ):
         self._store = path
         before = self.read()
         self._is_evidence = before is not None and hash_at(before[0]) != before[1]
         self._fd = -1
+        if is_read_only:
+            return
         with contextlib.suppress(OSError):  # a folder that cannot be written: then there is no head beside
             self._fd = os.open(path.with_name(path.name + ".head"), os.O_RDWR | os.O_CREAT, 0o600)
         if not self._is_evidence and head[0] > (before or (0, ""))[0]:

@@ -69,6 +69,8 @@ class Engine:
         self,
         opener: Callable[[], duckdb.DuckDBPyConnection],  # a prepared connection; called again after a fatal error
         path: Path | None = None,  # the file; None: in memory
+        *,
+        is_read_only: bool = False,  # nothing beside the file is written either
     ):
         self.path, self._opener, self._con = path, opener, opener()
         self._turn, self._count = threading.Lock(), threading.Lock()
@@ -83,7 +85,7 @@ class Engine:
         self._found: dict[str, int] | None = None  # last changes when first asked
         self._told: dict[str, int] = {}  # last changes since; kept apart, so that a commit meanwhile is not lost
         self.is_closed, self.n_commits, self.n_writes = False, 0, 0
-        self._head_file = HeadFile(path, self._read_head(), self._hash_at) if path else None
+        self._head_file = HeadFile(path, self._read_head(), self._hash_at, is_read_only) if path else None
 
     # -- reading
 

@@ -21,8 +21,9 @@ from ..core.schema import Record
 from .audit import AuditReport
 from .backend import Backend, EngineBackend, Group, News
 from .engine import Told
+from .looking import Look
 from .owner import Ownership, own_or_join, release
-from .remote import OwnerGone, RemoteBackend
+from .remote import OwnerGone, RemoteBackend, poll_changes
 
 # %% ../../nbs/store/21_handover.ipynb #916012cc
 T = TypeVar("T")
@@ -34,11 +35,11 @@ class FileBackend:
     def __init__(self, path: Path, *, is_read_only: bool = False, actor: str = "local"):
         self.path: Path | None = path
         self._file, self._is_read_only, self._actor = path, is_read_only, actor
-        self._lock, self._is_closed = threading.RLock(), False
-        self._found = self._look()
+        self._lock, self._closed = threading.RLock(), threading.Event()
+        self._found = self._open()
 
-    def _look(self) -> Ownership | RemoteBackend:
-        """The owner, perhaps this process."""
+    def _open(self) -> Ownership | Look | RemoteBackend:
+        """The owner, perhaps this process; or the file itself, to be read."""
         return own_or_join(self._file, is_read_only=self._is_read_only, actor=self._actor)
 
     @property
@@ -48,10 +49,10 @@ class FileBackend:
 
     def _now(self) -> EngineBackend | RemoteBackend:
         """Where calls go at present."""
-        if self._is_closed:
+        if self._closed.is_set():
             raise StateError(f"the store {self._file} is closed; connect again")
         found = self._found
-        return found.backend if isinstance(found, Ownership) else found
+        return found if isinstance(found, RemoteBackend) else found.backend
 
     def _call(self, do: Callable[[Backend, bool], T]) -> T:
         """Make a call, with the next owner when this one is gone."""
@@ -60,7 +61,7 @@ class FileBackend:
             try:
                 return do(found, is_retry)
             except OwnerGone as error:
-                if isinstance(found, RemoteBackend) and found.is_in_transaction:
+                if getattr(found, "is_in_transaction", False):
                     raise StateError(
                         f"the store's owner went away during a transaction: {error}; do it again"
                     ) from error
@@ -69,8 +70,11 @@ class FileBackend:
     def _renew(self, gone: Any) -> EngineBackend | RemoteBackend:
         """Find the next owner, or be it."""
         with self._lock:
-            if self._found is gone:
-                self._found = self._look()
+            before = self._found
+            if self._now() is gone:
+                self._found = self._open()
+                if isinstance(before, Look):
+                    release(before)
             return self._now()
 
     @contextmanager
@@ -127,7 +131,9 @@ class FileBackend:
         self._now().keep_receipt(key, fingerprint, status, body)
 
     def watch(self, watcher: Callable[[Told], None]) -> Callable[[], None]:
-        """Be told of changes, as long as the present owner lives."""
+        """Be told of changes, as long as the present owner lives; of a file that nobody owned, whoever owns it then."""
+        if isinstance(self._found, Look):
+            return poll_changes(self, self._closed, watcher)
         return self._now().watch(watcher)
 
     def back_up(self, target: Path, with_files: bool) -> dict[str, Any]:
@@ -141,7 +147,7 @@ class FileBackend:
     def close(self) -> None:
         """Let go; the last of this process gives the file back."""
         with self._lock:
-            if not self._is_closed:
-                self._is_closed = True
+            if not self._closed.is_set():
+                self._closed.set()
                 found = self._found
-                release(found) if isinstance(found, Ownership) else found.close()
+                found.close() if isinstance(found, RemoteBackend) else release(found)

@@ -27,8 +27,9 @@ from filelock import FileLock, Timeout
 
 from ..core.errors import StateError
 from .backend import EngineBackend
-from .encryption import BusyError, find_key, open_database
+from .encryption import PATIENCE_S, BusyError, find_key, open_database
 from .engine import Engine
+from .looking import Look, is_locked, lock_file
 from .migrations import prepare
 from .remote import Connection, OwnerGone, RemoteBackend
 from .rewrite import clear_leftovers
@@ -170,37 +171,39 @@ class _Door(ThreadingHTTPServer):
         """A client that went away is no error of ours."""
 
 # %% ../../nbs/store/20_owner.ipynb #1e3c000d
-_OWNED: dict[Path, "Ownership"] = {}
+_OWNED: dict[Path, "Ownership | Look"] = {}
 _OWNED_LOCK = threading.RLock()
 _NOTE_S = 1.0
 _FORGET_BEATS = 3600
+_PATIENCE_S = 10.0
 
 
 class Ownership:
     """This process's hold on a file."""
 
     def __init__(
-        self, path: Path, lock: FileLock | None, key: str | None, actor: str = "local", *, may_upgrade: bool = True
+        self,
+        path: Path,
+        lock: FileLock,  # acquired; released at the end
+        key: str | None,
+        actor: str,  # recorded with an upgrade
     ):
         self.path, self._lock, self._key, self._actor, self.users = path, lock, key, actor, 0
         self._stop, self._is_cleared = threading.Event(), False
-        self._door: _Door | None = None
-        is_read_only, self._may_upgrade = lock is None, may_upgrade
-        self.engine = Engine(lambda: self._open(is_read_only), path)
+        self.engine = Engine(self._open, path)
         self.backend = EngineBackend(self.engine)
-        if lock is not None:
-            self._listen()
+        self._listen()
 
-    def _open(self, is_read_only: bool) -> Any:
+    def _open(self) -> Any:
         """A prepared connection."""
         note = read_owner(self.path, self._key)
         is_owned = note is not None and note.is_alive and note.pid != os.getpid()
-        con = open_database(self.path, self._key, is_read_only, **({"patience_s": 0.0} if is_owned else {}))
+        con = open_database(self.path, self._key, patience_s=0.0 if is_owned else PATIENCE_S)
         try:
-            if not (is_read_only or self._is_cleared):
+            if not self._is_cleared:
                 clear_leftovers(self.path)  # not before: only the database's own lock says that nobody else is here
                 self._is_cleared = True
-            prepare(con, self.path, actor=self._actor, read_only=is_read_only or not self._may_upgrade)
+            prepare(con, self.path, actor=self._actor)
         except BaseException:
             con.close()
             raise
@@ -230,77 +233,87 @@ class Ownership:
     def close(self) -> None:
         """Finish what was begun and give the file back."""
         self._stop.set()
-        if self._door:
-            self._desk.close()
+        self._desk.close()
         self.engine.close()
-        if self._door:
-            self._door.close()
-        if self._lock is not None:
-            with contextlib.suppress(OSError):
-                owner_file(self.path).unlink()
-            self._lock.release()
+        self._door.close()
+        with contextlib.suppress(OSError):
+            owner_file(self.path).unlink()
+        self._lock.release()
 
 
-def _try_to_own(path: Path, key: str | None, is_read_only: bool, actor: str) -> Ownership | None:
-    """Become the owner, or share this process's ownership; None when another process has the file."""
+def _try_to_open(path: Path, key: str | None, is_read_only: bool, actor: str) -> Ownership | Look | None:
+    """Own or look, or share what this process has already; None when another process has the file."""
     with _OWNED_LOCK:
         held = _OWNED.get(path)
-        if held is None:
-            lock = FileLock(path.with_name(path.name + ".lock"), timeout=0, mode=0o600)
+        if held is None or (isinstance(held, Look) and (held.engine.is_leaving or not is_read_only)):
             try:
-                lock.acquire()
-            except Timeout:
+                held = _try_to_look(path, key) if is_read_only else _try_to_own(path, key, actor)
+            except BusyError:
+                if read_owner(path, key) is None:
+                    raise
+                return None  # somebody deleted the lock of an owner who lives: join it
+            if held is None:
                 return None
-            except OSError as error:
-                return _look_only(path, key, is_read_only, error)
-            try:
-                held = Ownership(path, lock, key, actor, may_upgrade=not is_read_only)
-            except BaseException as error:
-                lock.release()
-                if isinstance(error, BusyError) and read_owner(path, key):
-                    return None  # somebody deleted the lock of an owner who lives: join it
-                raise
             _OWNED[path] = held
         held.users += 1
         return held
 
 
-def _look_only(path: Path, key: str | None, is_read_only: bool, error: OSError) -> Ownership:
-    """A store in a folder that cannot be written can still be looked at."""
-    if not is_read_only:
-        raise StateError(
-            f"the folder {path.parent} cannot be written ({error.strerror}); open with read_only=True, or copy the store"
-        ) from error
-    held = _OWNED[path] = Ownership(path, None, key)
-    held.users += 1
-    return held
+def _try_to_own(path: Path, key: str | None, actor: str) -> Ownership | None:
+    """Become the owner; whoever of this process looks makes room."""
+    lock = FileLock(lock_file(path), timeout=0, mode=0o600)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+    except OSError as error:
+        how = "open with read_only=True, or copy the store"
+        raise StateError(f"the folder {path.parent} cannot be written ({error.strerror}); {how}") from error
+    try:
+        look = _OWNED.get(path)
+        if isinstance(look, Look):
+            look.leave(_PATIENCE_S)
+        return Ownership(path, lock, key, actor)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _try_to_look(path: Path, key: str | None) -> Look | None:
+    """See the file, unless somebody owns it or is about to, or an earlier look has yet to end."""
+    before = _OWNED.get(path)
+    if is_locked(path) or (isinstance(before, Look) and not before.engine.is_closed):
+        return None
+    look = Look(path, key)
+    if not is_locked(path):  # it may have been another file's turn meanwhile
+        return look
+    look.close()
+    return None
 
 
 def release(
-    held: Ownership,
+    held: Ownership | Look,
 ) -> None:
     """One user less; the last one closes."""
     with _OWNED_LOCK:
         held.users -= 1
         if held.users == 0:
-            _OWNED.pop(held.path, None)
+            if _OWNED.get(held.path) is held:  # a look may have made room for an owner
+                del _OWNED[held.path]
             held.close()
 
 # %% ../../nbs/store/20_owner.ipynb #cabbfd0e
-_PATIENCE_S = 10.0
-
-
 def own_or_join(
     path: Path,  # absolute
     *,
     is_read_only: bool = False,
     actor: str = "local",  # recorded when an older store is upgraded
     patience_s: float = _PATIENCE_S,  # how long to wait for an owner that does not answer
-) -> Ownership | RemoteBackend:
+) -> Ownership | Look | RemoteBackend:
     """Open the file, or join the process that has it; raises `StateError` when neither is possible."""
     deadline, key = time.monotonic() + patience_s, find_key(path)
     while True:
-        held = _try_to_own(path, key, is_read_only, actor)
+        held = _try_to_open(path, key, is_read_only, actor)
         if held:
             return held
         note = read_owner(path, key)

@@ -19,8 +19,9 @@ from pathlib import Path
 import filelock
 import psutil
 
-from ..core.errors import InputError, MissingError, StateError
+from ..core.errors import InputError, StateError
 from ..core.sealing import Key
+from ..core.settings import existing_store
 from .audit import AuditReport
 from .copying import copy_database, remove_database, sync_path
 from .encryption import is_encrypted, open_database
@@ -40,12 +41,15 @@ def holders(
     return found
 
 
+_BLINK_S = 0.2  # whoever only looks holds the lock for less, to see whether it is free
+
+
 @contextmanager
 def hold_lock(
     path: Path,  # a store's file, which need not be there
 ) -> Iterator[None]:
     """Be the store's only process; raises `StateError` naming who has it open."""
-    lock = filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=0, mode=0o600)
+    lock = filelock.FileLock(path.with_name(f"{path.name}.lock"), timeout=_BLINK_S, mode=0o600)
     try:
         lock.acquire()
     except filelock.Timeout:
@@ -64,9 +68,7 @@ def alone_with(
     path: str | Path,  # the store's file
 ) -> Iterator[Path]:  # the file, without links on the way
     """Keep everybody else out; raises `MissingError` without a store, `StateError` naming who has it open."""
-    file = Path(path).resolve()
-    if not file.is_file():
-        raise MissingError(f"there is no store {path}; name another with --store")
+    file = existing_store(path).resolve()
     with hold_lock(file):
         clear_leftovers(file)
         yield file

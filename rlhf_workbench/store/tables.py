@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from ..core.errors import InputError, MissingError, StateError
 from ..core.schema import Record, columns
+from ..core.settings import existing_store
 from .audit import AuditReport
 from .backend import Backend, EngineBackend, News
 from .bulk import complete_table, record_rows, revive
@@ -221,10 +222,11 @@ class Store:
     def files(
         self,
         name: str = "",  # what for: models, reports, …
-    ) -> Path:  # an existing folder
+    ) -> Path:  # an existing folder; for a reader it may not be there yet
         """The folder beside the store for what is too large for a table."""
         folder = self.backend.files() / name
-        folder.mkdir(parents=True, exist_ok=True)
+        if not self.is_read_only:
+            folder.mkdir(parents=True, exist_ok=True)
         return folder
 
 # %% ../../nbs/store/00_tables.ipynb #200ee24c
@@ -232,7 +234,7 @@ def connect(
     path: str | Path = "workbench.duckdb",  # the file, ":memory:", or the address of a server
     *,
     actor: str = "local",  # recorded with every change; on a server, the token's name is
-    read_only: bool = False,  # for looking only
+    read_only: bool = False,  # for looking only: nothing on the disk changes
     token: str | None = None,  # for a server
 ) -> Store:
     """Open or join a store; raises `StateError` when it cannot be opened, `MissingError` when there is nothing to read."""
@@ -243,8 +245,8 @@ def connect(
     if str(path) == ":memory:":
         return Store(EngineBackend(Engine(_in_memory)), actor)
     file = Path(path).absolute()
-    if read_only and not file.exists():
-        raise MissingError(f"there is no store {path}; run `rlhfw demo` or name another with --store")
+    if read_only:
+        existing_store(path)
     if not file.parent.is_dir():
         raise MissingError(f"there is no folder {file.parent} for the store; make it first")
     return Store(FileBackend(file, is_read_only=read_only, actor=actor), actor, read_only=read_only)

@@ -1,0 +1,241 @@
+"""`connect(path, read_only=True)`: nothing on the disk changes, and whoever wants to write need not wait."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+import pytest
+from filelock import FileLock
+
+from rlhf_workbench.core.errors import StateError
+from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store.looking import Look, is_locked, lock_file
+from rlhf_workbench.store.owner import Ownership
+from rlhf_workbench.store.remote import RemoteBackend
+from rlhf_workbench.store.tables import Store, connect
+
+pytestmark = pytest.mark.server
+
+KEY = "a key of sixteen characters or more"
+# A writer whose process is killed leaves a log that nobody worked into the file, its note, and an old receipt.
+KILLED = """
+import os, sys
+from datetime import timedelta
+from rlhf_workbench.core.schema import Prompt, utc_now
+from rlhf_workbench.store.tables import connect
+store = connect(sys.argv[1])
+store.append([Prompt(text=str(i)) for i in range(50)])
+with store.transaction():
+    store.keep_receipt("k", "f", 201, "{}")
+engine = store.backend.owner.engine
+with engine.transaction():
+    engine._group.is_touched = True
+    engine._con.execute("UPDATE receipt SET recorded_at = ?", [utc_now() - timedelta(days=2)])
+os._exit(9)
+"""
+READ = """
+from rlhf_workbench.core.schema import Prompt
+store = connect({path!r}, read_only=True)
+print(store.counts(), store.verify().is_intact, len(store.records(Prompt)), store.last_change(), store.files("models").name)
+with store.backend._found.engine.reader() as con:
+    print({folder!r} in con.execute("SELECT current_setting('temp_directory')").fetchone()[0])
+import time; time.sleep({rest})
+store.close()
+"""
+
+
+def state(folder: Path) -> dict[str, tuple[str, int, int]]:
+    """What lies in a folder: hash, mode and moment of the last change of each file."""
+    return {
+        str(file.relative_to(folder)): (
+            hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else "",
+            file.stat().st_mode,
+            file.stat().st_mtime_ns,
+        )
+        for file in [folder, *folder.rglob("*")]
+    }
+
+
+def look(path: Path, rest: float = 0.0, user: int | None = None) -> str:
+    """Read in a process of its own, perhaps as a user who owns nothing; so all is imported before."""
+    program = "import os\nimport pandas, pyarrow.compute\nfrom rlhf_workbench.store.tables import connect\n"
+    program += "with connect(':memory:') as s:\n    s.verify(); s.sql('SELECT 1')\n"
+    if os.environ.get("RLHFW_STORE_KEY"):
+        program += "import rlhf_workbench.core.sealing as s, cryptography.hazmat.primitives.kdf.hkdf; s.unseal\n"
+    if user is not None:
+        program += f"os.setgroups([]); os.setgid({user}); os.setuid({user})\n"
+    program += READ.format(path=str(path), folder=str(path.parent), rest=rest)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+@pytest.mark.parametrize("end", ["closed", "killed"])
+def test_looking_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, end: str) -> None:
+    if key:
+        monkeypatch.setenv("RLHFW_STORE_KEY", key)
+    path = tmp_path / "s.duckdb"
+    subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=60)
+    if end == "closed":
+        connect(path).close()
+        path.with_name("s.duckdb.lock").unlink()
+        path.with_name("s.duckdb.head").unlink()  # an owner would write it again
+    else:
+        assert path.with_name("s.duckdb.owner").exists()
+        assert [*tmp_path.glob("s.duckdb*wal*")]
+    before = state(tmp_path)
+    assert (
+        look(path, rest=2.5) == "{'prompt': 50} True 50 1 models\nFalse\n"
+    )  # an owner forgets receipts after a second
+    assert state(tmp_path) == before
+    with connect(path) as store:  # and it is a store like any other
+        store.append(Prompt(text="later"))
+        assert (store.counts(), store.verify().is_intact) == ({"prompt": 51}, True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+def test_a_folder_of_somebody_else_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    if key:
+        monkeypatch.setenv("RLHFW_STORE_KEY", key)
+    path = tmp_path / "s.duckdb"
+    subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=60)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(0o755)
+    for file in tmp_path.glob("s.duckdb*"):
+        file.chmod(0o444)
+    before = state(tmp_path)
+    assert look(path, user=65534) == "{'prompt': 50} True 50 1 models\nFalse\n"
+    assert state(tmp_path) == before
+
+
+def test_a_tampered_store_is_found_by_looking(tmp_path: Path) -> None:
+    path = tmp_path / "s.duckdb"
+    with connect(path) as store:
+        store.append([Prompt(text="one"), Prompt(text="two")])
+    duckdb.connect(str(path)).execute("UPDATE prompt SET text = 'three' WHERE text = 'two'").close()
+    with connect(path, read_only=True) as store:
+        assert isinstance(store.backend._found, Look)  # type: ignore[attr-defined]
+        assert store.verify().problem == "prompt: a row was edited after it was written"
+    path.with_name("s.duckdb.head").write_text(f"{7:020d} {'a' * 64}\n")
+    with connect(path, read_only=True) as store:
+        assert "the head kept beside the store" in store.verify().problem or store.verify().broken_seq == 1
+
+
+# Making room
+
+WRITER = """
+import sys
+from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store.tables import connect
+with connect(sys.argv[1]) as store:
+    store.append(Prompt(text="written"))
+    print(store.backend.owner is not None, flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def writer(path: Path) -> Iterator[None]:
+    """Another process that opened the store for writing, and wrote."""
+    process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdin=-1, stdout=-1, text=True)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == "True\n"
+        yield
+    finally:
+        process.communicate("", timeout=30)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A store with one prompt."""
+    with connect(tmp_path / "s.duckdb") as store:
+        store.append(Prompt(text="first"))
+    return tmp_path / "s.duckdb"
+
+
+def where(store: Store) -> type:
+    """What a store holds on to."""
+    return type(store.backend._found)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
+def test_a_reader_makes_room_for_a_writer_and_follows_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    if key:
+        monkeypatch.setenv("RLHFW_STORE_KEY", key)
+    path = tmp_path / "s.duckdb"
+    connect(path).close()
+    told: list[object] = []
+    with connect(path, read_only=True) as one, connect(path, read_only=True) as two:
+        one.watch(told.append)
+        assert (one.counts(), where(one)) == ({}, Look)
+        for n in (1, 2):  # looks, joins, looks again
+            with writer(path):
+                assert (one.counts(), where(one)) == ({"prompt": n}, RemoteBackend)
+                assert two.counts() == {"prompt": n}
+            assert (two.counts(), where(two)) == ({"prompt": n}, Look)
+            assert (one.last_change(), where(one)) == (n, Look)
+        deadline = time.monotonic() + 10
+        while len(told) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert told == [[("prompt", 1, 1)], [("prompt", 2, 1)]]
+
+
+def test_a_writer_of_the_same_process_gets_room_too(path: Path) -> None:
+    with connect(path, read_only=True) as reader:
+        assert reader.counts() == {"prompt": 1}
+        with connect(path) as store:
+            store.append(Prompt(text="second"))
+            assert (reader.counts(), where(reader)) == ({"prompt": 2}, Ownership)
+        with pytest.raises(StateError, match="opened for reading only"):
+            reader.append(Prompt(text="third"))
+    with connect(path, read_only=True) as reader, reader.transaction():
+        with pytest.raises(StateError, match="in a transaction; end it before you open it for writing"):
+            connect(path)
+        assert not is_locked(path)
+
+
+def test_a_long_query_is_interrupted_and_done_again_by_the_owner(path: Path) -> None:
+    endless = "SELECT count(*) AS n FROM range(3000000) a, range(3000000) b WHERE a.range + b.range < 0"
+    found: list[object] = []
+
+    def ask() -> None:
+        try:
+            reader.sql(endless, timeout_s=6.0)
+        except Exception as error:
+            found.append(error)
+
+    with connect(path, read_only=True) as reader:
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(0.3)
+        started = time.monotonic()
+        with writer(path):
+            assert time.monotonic() - started < 5.5  # before the query's own time was over
+            assert where(reader) in (Look, RemoteBackend)
+            thread.join(timeout=30)
+            assert where(reader) is RemoteBackend
+        assert [str(error) for error in found] == ["the query took longer than 6 s; narrow it, or raise timeout_s"]
+
+
+def test_a_transaction_of_a_reader_is_waited_for_and_then_ended(path: Path) -> None:
+    with connect(path, read_only=True) as reader:
+        with pytest.raises(StateError, match=r"went away during a transaction: .* do it again"), reader.transaction():
+            assert reader.counts() == {"prompt": 1}
+            with FileLock(lock_file(path)):
+                time.sleep(1.0)
+                reader.counts()
+        assert reader.counts() == {"prompt": 1}
