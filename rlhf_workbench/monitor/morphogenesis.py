@@ -80,7 +80,7 @@ def permutation_p_values(
     *,
     permutations: int = 999,
     seed: int = 0,
-) -> tuple[Floats, Floats]:  # (columns,) p-values; the same corrected for all columns but the first, the length
+) -> tuple[Floats, Floats]:  # (columns,) p-values; the same corrected for all columns, the length among them
     """How often chance alone makes as large a difference between two versions."""
     codes = pd.factorize(np.concatenate(list(clusters)))[0]
     n, cut = int(codes.max()) + 1, len(designs[0])
@@ -96,14 +96,13 @@ def permutation_p_values(
     portion = max(1, int(2e6 / (n * designs[0].shape[1])))
     portions = [draws[i : i + portion] for i in range(0, len(draws), portion)]
     sizes = np.abs(np.concatenate([_studentised(part, *zip(*parts, strict=True)) for part in portions]))
-    p = (sizes >= sizes[0] - 1e-12).mean(axis=0)
-    return p, np.concatenate([p[:1], _step_down(sizes[:, 1:])])
+    return (sizes >= sizes[0] - 1e-12).mean(axis=0), _step_down(sizes)
 
 
 def _step_down(
-    sizes: Floats,  # (1 + permutations, traits) of the statistic, the real one first
-) -> Floats:  # (traits,)
-    """Westfall and Young's step-down p-values: each trait against the largest of those not larger than itself."""
+    sizes: Floats,  # (1 + permutations, columns) of the statistic, the real one first
+) -> Floats:  # (columns,)
+    """Westfall and Young's step-down p-values: each column against the largest of those not larger than itself."""
     order = np.argsort(sizes[0])  # the smallest first: the maximum runs over those below
     largest = np.maximum.accumulate(sizes[:, order], axis=1)
     p = (largest >= sizes[0, order] - 1e-12).mean(axis=0)
