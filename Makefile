@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(MAKE) -j3 lint notebooks docs
 	timeout 200 $(BIN)/pytest $(ALONE)
-	timeout 1800 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE))
+	timeout 1800 $(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(ALONE))
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check nbs tests setup.py
