@@ -9,13 +9,12 @@ __all__ = ['logger', 'begin_channel', 'unsent_alerts', 'send_alert', 'ChannelLin
 
 # %% ../../nbs/govern/18_channels.ipynb #fc2daacc
 import logging
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..core.plugins import load_plugin
 from ..core.schema import Alert, Delivery, Run, RunEnd
-from ..store.engine import Told
+from ..store.lookout import Lookout
 from ..store.tables import Store
 
 # %% ../../nbs/govern/18_channels.ipynb #f5fc408d
@@ -79,44 +78,24 @@ class ChannelLine:
         self._store, self.name = store, name
         self._channel = channel or load_plugin("channel", name)
         self._start = begin_channel(store, name)
-        self._wake, self._stopping = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name=f"channel-{name}", daemon=True)
-        self._unwatch: Callable[[], None] = lambda: None
+        self._lookout = Lookout(
+            store, self.send_new, name=f"channel-{name}", concerns=lambda table: table == Alert.table, poll_s=30
+        )
 
     def start(self) -> None:
         """Begin with what waits."""
-        self._unwatch = self._store.watch(self._notice)
-        self._wake.set()
-        self._thread.start()
+        self._lookout.start()
 
     def stop(self, patience_s: float = 5.0) -> None:
         """Send nothing more; a channel that hangs is left behind."""
-        self._stopping.set()
-        self._wake.set()
-        self._unwatch()
-        self._thread.join(patience_s)
-
-    def _notice(self, told: Told) -> None:
-        if any(table == Alert.table for table, _, _ in told):
-            self._wake.set()
-
-    def _run(self) -> None:
-        """Send what is new, wait for more."""
-        while not self._stopping.is_set():
-            self._wake.clear()
-            try:
-                self.send_new()
-            except Exception:
-                logger.exception("channel %s: the store could not be read or written; it is tried again", self.name)
-                self._stopping.wait(1.0)
-            self._wake.wait(30.0)
+        self._lookout.stop(patience_s)
 
     def send_new(self) -> list[Delivery]:
         """Send every alert that this channel has not had."""
         sent = []
-        while not self._stopping.is_set() and (alerts := unsent_alerts(self._store, self.name, self._start)):
+        while not self._lookout.is_stopping and (alerts := unsent_alerts(self._store, self.name, self._start)):
             for alert in alerts:
-                if self._stopping.is_set():
+                if self._lookout.is_stopping:
                     break
                 sent.append(send_alert(self._store, self.name, self._channel, alert))
         return sent

@@ -12,14 +12,13 @@ import logging
 import random
 import threading
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 
 from ..core.schema import Delivery, Webhook, utc_now
 from .delivery import Send, attempt, due_deliveries, queue_events, sender
 from .webhooks import Endpoint, endpoints
-from ..store.engine import Told
+from ..store.lookout import Lookout
 from ..store.tables import Store
 
 # %% ../../nbs/govern/08_dispatch.ipynb #c2a93eea
@@ -57,13 +56,13 @@ class Dispatcher:
         parallel: int = 4,  # messages to one webhook at once
         seed: int | None = None,  # of the waiting times; None: by lot
     ):
-        self._store, self._send, self._poll_s, self._parallel = store, send or sender(), poll_s, parallel
+        self._store, self._send, self._parallel = store, send or sender(), parallel
         self._draw = random.Random(seed).random
         self._lanes: dict[str, _Lane] = {}
         self._seen: int | None = None
-        self._lock, self._wake, self._stopping = threading.Lock(), threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="webhooks", daemon=True)
-        self._unwatch: Callable[[], None] = lambda: None
+        self._lock = threading.Lock()
+        own = Delivery.table  # its own rows do not wake it
+        self._lookout = Lookout(store, self._look, name="webhooks", concerns=lambda table: table != own, poll_s=poll_s)
 
     def __enter__(self) -> "Dispatcher":
         self.start()
@@ -73,35 +72,14 @@ class Dispatcher:
         self.stop()
 
     def start(self) -> None:
-        """Begin; every change wakes the dispatcher, but not its own rows."""
-        self._unwatch = self._store.watch(self._notice)
-        self._thread.start()
-
-    def _notice(self, told: Told) -> None:
-        """Look soon after a change of anything but deliveries."""
-        if any(table != Delivery.table for table, _, _ in told):
-            self._wake.set()
+        """Begin, with what waits."""
+        self._lookout.start()
 
     def stop(self) -> None:
         """Finish what is being sent, leave the rest for the next dispatcher."""
-        self._stopping.set()
-        self._wake.set()
-        self._unwatch()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._lookout.stop()
         for lane in self._lanes.values():
             lane.pool.shutdown(cancel_futures=True)
-
-    def _run(self) -> None:
-        """Look, hand out, wait; a failure is logged, and the next look tries again."""
-        while not self._stopping.is_set():
-            try:
-                self._look()
-            except Exception:
-                logger.exception("webhooks: this look at the store failed; the next one tries again")
-            self._wake.wait(self._poll_s)
-            self._wake.clear()
-            self._stopping.wait(min(0.02, self._poll_s))  # many changes at once are one look
 
     def _look(self) -> None:
         """Queue what is new and hand out what is due."""
@@ -109,7 +87,7 @@ class Dispatcher:
             return  # nobody ever listened
         seen, self._seen = self._seen, queue_events(self._store, self._seen)
         if self._seen != seen:
-            self._wake.set()
+            self._lookout.wake()
         with self._lock:  # before the look: what ends during it still looks due
             busy = {delivery_id for lane in self._lanes.values() for delivery_id in lane.at}
         due = [one for one in due_deliveries(self._store, utc_now()) if one.id not in busy]
@@ -121,7 +99,7 @@ class Dispatcher:
         """Put a delivery into its webhook's lane unless it is there."""
         lane = self._lanes.setdefault(endpoint.id, _Lane(self._parallel))
         with self._lock:
-            if delivery.id in lane.at or self._stopping.is_set():
+            if delivery.id in lane.at or self._lookout.is_stopping:
                 return
             lane.at.add(delivery.id)
         lane.pool.submit(self._attempt, lane, delivery, endpoint)
@@ -129,7 +107,7 @@ class Dispatcher:
     def _attempt(self, lane: _Lane, delivery: Delivery, endpoint: Endpoint) -> None:
         """Send one, in its lane's thread; what goes wrong on our side leaves the row as it was."""
         try:
-            if not lane.must_wait() and not self._stopping.is_set():
+            if not lane.must_wait() and not self._lookout.is_stopping:
                 done = attempt(self._store, delivery, endpoint, send=self._send, draw=self._draw)
                 lane.note(done)
                 logger.info("webhook %s: %s %s %s", endpoint.id, done.event_id, done.status, done.error or "")
@@ -140,7 +118,7 @@ class Dispatcher:
             lane.at.discard(delivery.id)
             is_idle = not lane.at
         if is_idle and not lane.must_wait():
-            self._wake.set()
+            self._lookout.wake()
 
 # %% ../../nbs/govern/08_dispatch.ipynb #3cdf121b
 def delivery_counts(

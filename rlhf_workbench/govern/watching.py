@@ -9,8 +9,6 @@ __all__ = ['logger', 'RuleWatch', 'look_once']
 
 # %% ../../nbs/govern/19_watching.ipynb #5dfdefba
 import logging
-import threading
-from collections.abc import Callable
 
 from ..core.schema import Decision, Firing
 from .actions import start_approved
@@ -18,7 +16,7 @@ from .channels import ChannelLine, start_lines
 from .firing import Follower
 from .rule_files import Rules
 from .rules import look_tables
-from ..store.engine import Told
+from ..store.lookout import Lookout
 from ..store.tables import Store
 
 # %% ../../nbs/govern/19_watching.ipynb #ba2dc2aa
@@ -33,16 +31,16 @@ class RuleWatch:
         store: Store,
         rules: Rules,  # without problems
         *,
-        poll_s: float = 1.0,  # how often it looks without being told
+        poll_s: float = 1.0,  # how often it looks without being told, for rules with `every`
     ):
-        self._store, self._rules, self._poll_s = store, rules, poll_s
+        self._store, self._rules = store, rules
         self._followers: list[Follower] = []
         self._lines: list[ChannelLine] = []
-        self._tables = {table for rule in rules.rules for table in look_tables(rule)} | {Decision.table}
-        self._has_clock = any(rule.every for rule in rules.rules)
-        self._wake, self._stopping = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="rules", daemon=True)
-        self._unwatch: Callable[[], None] = lambda: None
+        tables = {table for rule in rules.rules for table in look_tables(rule)} | {Decision.table}
+        has_clock = any(rule.every for rule in rules.rules)
+        self._lookout = Lookout(
+            store, self.look, name="rules", concerns=tables.__contains__, poll_s=poll_s if has_clock else None
+        )
 
     def __enter__(self) -> "RuleWatch":
         self.start()
@@ -59,17 +57,11 @@ class RuleWatch:
         """Begin, with what happened while nobody looked."""
         self.begin()
         self._lines = start_lines(self._store, self._rules.channels)
-        self._unwatch = self._store.watch(self._notice)
-        self._wake.set()
-        self._thread.start()
+        self._lookout.start()
 
     def stop(self) -> None:
         """Finish the look that is under way, and keep the memories."""
-        self._stopping.set()
-        self._wake.set()
-        self._unwatch()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._lookout.stop()
         self.keep()
         for line in self._lines:
             line.stop()
@@ -83,22 +75,6 @@ class RuleWatch:
                 logger.exception(
                     "rule %s: its memory could not be kept; it is found again from the log", follower.rule.name
                 )
-
-    def _notice(self, told: Told) -> None:
-        """A change of something that a rule reads."""
-        if any(table in self._tables for table, _, _ in told):
-            self._wake.set()
-
-    def _run(self) -> None:
-        """Look whenever something happened."""
-        while not self._stopping.is_set():
-            is_told = self._wake.wait(self._poll_s)
-            self._wake.clear()
-            if self._stopping.is_set():
-                return
-            if is_told or self._has_clock:
-                self.look()
-            self._stopping.wait(0.02)  # many changes at once are one look
 
     def look(self) -> list[Firing]:
         """Judge every rule once, and start what was approved."""

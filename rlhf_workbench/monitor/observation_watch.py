@@ -9,8 +9,6 @@ __all__ = ['logger', 'stream_kind', 'ObservationWatch']
 
 # %% ../../nbs/monitor/29_observation_watch.ipynb #877ed56f
 import logging
-import threading
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -19,7 +17,7 @@ from ..core.schema import Observation
 from .confirmation import FEWEST_VALUES, second_opinions
 from .likelihood import Kind
 from .observations import Hear, ObservedStream
-from ..store.engine import Told
+from ..store.lookout import Lookout
 from ..store.tables import Store
 
 # %% ../../nbs/monitor/29_observation_watch.ipynb #35fa2fd4
@@ -67,23 +65,16 @@ class ObservationWatch:
         self._store, self._budget, self._hear = store, budget, hear
         self._seen = 0  # the last change that was looked at
         self._observed: dict[str, ObservedStream] = {}  # the one least lately looked at comes first
-        self._wake, self._stopping = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
-        self._unwatch: Callable[[], None] = lambda: None
+        is_value = Observation.table.__eq__
+        self._lookout = Lookout(store, self.look, name="streams", concerns=is_value, pause_s=_PAUSE_S)
 
     def start(self) -> None:
         """Begin, with what came while nobody looked."""
-        self._unwatch = self._store.watch(self._notice)
-        self._wake.set()
-        self._thread.start()
+        self._lookout.start()
 
     def stop(self) -> None:
         """Finish the look that is under way, and keep what is remembered."""
-        self._unwatch()
-        self._stopping.set()
-        self._wake.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        self._lookout.stop()
         for stream, observed in self._observed.items():
             try:
                 observed.keep()
@@ -91,22 +82,6 @@ class ObservationWatch:
                 logger.exception(
                     "the memory of stream %r could not be kept; it is made again at the next start", stream
                 )
-
-    def _notice(self, told: Told) -> None:
-        """New values."""
-        if any(table == Observation.table for table, _, _ in told):
-            self._wake.set()
-
-    def _run(self) -> None:
-        while not self._stopping.is_set():
-            self._wake.wait()
-            self._wake.clear()
-            try:
-                if not self._stopping.is_set():
-                    self.look()
-            except Exception:
-                logger.exception("the streams could not be looked at; the next value tries again")
-            self._stopping.wait(_PAUSE_S)
 
     def look(self) -> int:  # values that were watched
         """Watch what is new in every stream."""
@@ -121,7 +96,7 @@ class ObservationWatch:
         taken = 0
         try:
             kind = stream_kind(self._store, stream)
-            while kind and not self._stopping.is_set():
+            while kind and not self._lookout.is_stopping:
                 new = self._observe(stream, kind).look(self._hear).new
                 taken += new
                 _load_detectors()
