@@ -89,7 +89,8 @@ def make_detector(
     kind, ours = SETTINGS.get(name, (name, {}))
     if not hasattr(concept_drift, f"{kind}Config"):
         return _Adopted(name)
-    detector = getattr(concept_drift, kind)(config=_config(concept_drift, kind, ours | settings))
+    make = _kswin(concept_drift.KSWIN) if kind == "KSWIN" else getattr(concept_drift, kind)
+    detector = make(config=_config(concept_drift, kind, ours | settings))
     if kind == "STEPD":
         detector._distribution = _NormalTail
     return detector
@@ -101,6 +102,29 @@ class _NormalTail:
     @staticmethod
     def sf(z: float) -> float:
         return math.erfc(z / math.sqrt(2)) / 2
+
+
+@cache
+def _kswin(kind: Any) -> Any:
+    """KSWIN with draws of its own: Frouros's come from the generator that the whole process shares."""
+    from scipy.stats import ks_2samp
+
+    class KSWIN(kind):  # type: ignore[misc]
+        def __init__(self, **settings: Any):
+            super().__init__(**settings)
+            self._draws = np.random.RandomState(0)
+
+        def _update(self, value: float, seed: int | None = None, **_: Any) -> None:
+            self.num_instances += 1
+            self.window.append(value)
+            self.drift = False
+            if len(self.window) >= self.config.min_num_instances:
+                values, n = list(self.window), self.config.num_test_instances
+                self._draws.seed((self.num_instances if seed is None else seed) % 2**32)
+                drawn = self._draws.choice(values[:-n], n, replace=False)
+                self.drift = bool(ks_2samp(drawn, values[-n:]).pvalue <= self.config.alpha)
+
+    return KSWIN
 
 
 @cache
@@ -188,12 +212,9 @@ class StreamDetector:
         self._running.update(value=value)
 
     def _step_seeded(self, value: float) -> None:
-        kept = np.random.get_state()  # noqa: NPY002
-        np.random.seed((self.seed + self.seen) % 2**32)  # noqa: NPY002
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # SciPy says that it takes the asymptotic p-value
-            self._running.update(value=value)
-        np.random.set_state(kept)  # noqa: NPY002
+            self._running.update(value=value, seed=self.seed + self.seen)
 
     def _replay(self) -> None:
         self._running = make_detector(self.name, **self.settings)

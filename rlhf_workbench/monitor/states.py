@@ -99,7 +99,7 @@ def _thaw_object(kept: dict[str, Any]) -> Any:
     return part
 
 # %% ../../nbs/monitor/20_states.ipynb #5983d4c4
-_MADE_AGAIN = ("_config", "config", "_callbacks", "callbacks", "_distribution")
+_MADE_AGAIN = ("_config", "config", "_callbacks", "callbacks", "_distribution", "_draws")
 
 
 def detector_state(
