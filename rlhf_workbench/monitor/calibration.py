@@ -81,13 +81,10 @@ def _edges(confidence: Floats, bins: int, equal: str) -> Floats:
     return np.concatenate([[0.0], inner[(inner > 0) & (inner < 1)], [1.0]])
 
 
-def _binned(
-    confidence: Floats, right: Floats, edges: Floats, counts: Floats | None = None
-) -> tuple[Floats, Floats, Floats]:
-    """Rows a bin, the sum of their confidences, the sum of the right ones, when each row counts so often."""
+def _binned(confidence: Floats, right: Floats, edges: Floats) -> tuple[Floats, Floats, Floats]:
+    """Rows a bin, the sum of their confidences, the sum of the right ones."""
     place = np.clip(np.searchsorted(edges, confidence, side="left") - 1, 0, len(edges) - 2)
-    counts = np.ones_like(confidence) if counts is None else counts
-    weights = (counts, counts * confidence, counts * right)
+    weights = (None, confidence, right)
     n, sure, hits = (np.asarray(np.bincount(place, w, len(edges) - 1), dtype=np.float64) for w in weights)
     return n, sure, hits
 
@@ -130,12 +127,12 @@ def ece(
 ) -> float:  # 0 … 1
     """The expected calibration error."""
     confidence, right = top_confidence(probs, labels)
-    return _mean_gap(*_binned(confidence, right, _edges(confidence, bins, equal)))
+    return float(_mean_gaps(*_binned(confidence, right, _edges(confidence, bins, equal))))
 
 
-def _mean_gap(n: Floats, sure: Floats, hits: Floats) -> float:
-    """The expected calibration error of what was binned."""
-    return float(np.abs(sure - hits).sum() / n.sum())
+def _mean_gaps(n: Floats, sure: Floats, hits: Floats) -> Floats:
+    """The expected calibration error of what was binned, of many samples at once: … × bins."""
+    return np.asarray(np.abs(sure - hits).sum(axis=-1) / n.sum(axis=-1))
 
 
 def adaptive_ece(
@@ -182,19 +179,23 @@ def nll(
 
 # %% ../../nbs/monitor/01_calibration.ipynb #03f51a8e
 def _gaps(n: Floats, sure: Floats, hits: Floats) -> tuple[Floats, Floats, Floats]:
-    """Of each bin with at least two rows: its share of them, confidence − accuracy, the variance of the accuracy."""
-    n, sure, hits = (values[n > 1] for values in (n, sure, hits))
-    accuracy = hits / n
-    return n / max(n.sum(), 1), sure / n - accuracy, accuracy * (1 - accuracy) / (n - 1)
+    """Of each bin: its share of the rows (none when it has but one), confidence − accuracy, the variance of the accuracy."""
+    counted = np.where(n > 1, n, 0)
+    at_least = np.maximum(counted, 2)
+    accuracy = hits / at_least
+    share = counted / np.maximum(counted.sum(axis=-1, keepdims=True), 1)
+    return share, sure / at_least - accuracy, accuracy * (1 - accuracy) / (at_least - 1)
 
 
-def _debiased(n: Floats, sure: Floats, hits: Floats) -> float:
-    """The debiased error of what was binned."""
+def _debiased(n: Floats, sure: Floats, hits: Floats) -> Floats:
+    """The debiased error of what was binned, of many samples at once: … × bins."""
+    with needs_extra("monitor"):
+        from scipy.special import erf
     share, gap, variance = _gaps(n, sure, hits)
-    ratio = np.abs(gap) / np.maximum(np.sqrt(variance), _TINY)
-    inside = np.array([math.erf(r / math.sqrt(2)) for r in ratio])
-    mean_distance = np.sqrt(variance) * math.sqrt(2 / math.pi) * np.exp(-(ratio**2) / 2) + np.abs(gap) * inside
-    return float(max((share * (2 * np.abs(gap) - mean_distance)).sum(), 0))
+    gap, error = np.abs(gap), np.sqrt(np.maximum(variance, 0))
+    ratio = gap / np.maximum(error, _TINY)
+    mean_distance = error * math.sqrt(2 / math.pi) * np.exp(-(ratio**2) / 2) + gap * erf(ratio / math.sqrt(2))
+    return np.asarray(np.maximum((share * (2 * gap - mean_distance)).sum(axis=-1), 0))
 
 
 def debiased_ece(
@@ -206,7 +207,7 @@ def debiased_ece(
 ) -> float:  # 0 … 1, at most the ECE of the same bins
     """The expected calibration error less what chance adds to it."""
     confidence, right = top_confidence(probs, labels)
-    return _debiased(*_binned(confidence, right, _edges(confidence, bins, equal)))
+    return float(_debiased(*_binned(confidence, right, _edges(confidence, bins, equal))))
 
 
 def debiased_rms(
@@ -222,41 +223,29 @@ def debiased_rms(
     return float(math.sqrt(max((share * (gap**2 - variance)).sum(), 0)))
 
 # %% ../../nbs/monitor/01_calibration.ipynb #d11c9dc0
-_EXACT = 50_000  # rows up to which every row is drawn; above, rows of nearly equal confidence are drawn together
-
-
-def _cells(confidence: Floats, right: Floats) -> tuple[Floats, Floats, Floats]:
-    """Rows that are alike: how many, their mean confidence, and how often they are right."""
-    if len(confidence) <= _EXACT:
-        return np.ones(len(confidence)), confidence, right
-    is_right = right > 0.5
-    place = np.minimum((confidence * 3000).astype(int), 2999) * 2 + is_right
-    n = np.bincount(place, minlength=6000)
-    sure, hits = (np.bincount(place, values, 6000)[n > 0] / n[n > 0] for values in (confidence, right))
-    return n[n > 0].astype(np.float64), sure, hits
-
-
-def _redraw(n: Floats, total: int, rng: np.random.Generator) -> Floats:
-    """How often each cell is drawn when as many rows are drawn as there are."""
-    if len(n) == total:
-        return np.asarray(np.bincount(rng.integers(0, total, total), minlength=total), dtype=np.float64)
-    return np.asarray(rng.multinomial(total, n / total), dtype=np.float64)
-
-
-_Cells = tuple[Floats, Floats, Floats]
-_Distance = Callable[[Floats, Floats, Floats], float]
+_Bins = tuple[Floats, Floats, Floats]  # rows, sum of the confidences, sum of the right ones; all with rows
+_Distance = Callable[[Floats, Floats, Floats], Floats]
 _DISTANCES: dict[str, tuple[str, _Distance]] = {  # what the bins have in common, and what is made of them
-    "ece": ("width", _mean_gap),
-    "ace": ("count", _mean_gap),
+    "ece": ("width", _mean_gaps),
+    "ace": ("count", _mean_gaps),
     "debiased_ece": ("width", _debiased),
 }
 
 
-def _by_chance(cells: _Cells, edges: Floats, distance: _Distance, seed: int, draws: int) -> list[float]:
-    """Distances of outcomes that are drawn as the confidences say."""
-    n, sure, _ = cells
-    rng, counts = np.random.default_rng(seed), n.astype(np.int64)
-    return [distance(*_binned(sure, rng.binomial(counts, sure) / n, edges, n)) for _ in range(draws)]
+def _filled(confidence: Floats, right: Floats, equal: str) -> _Bins:
+    """The bins that have rows."""
+    n, sure, hits = _binned(confidence, right, _edges(confidence, 15, equal))
+    return n[n > 0], sure[n > 0], hits[n > 0]
+
+
+def _drawn(bins: _Bins, gaps: Floats, distance: _Distance, seed: int, draws: int) -> tuple[Floats, float]:
+    """Distances of as many new rows where the bins have these gaps; the mean gap, which ends where accuracy is 0 or 1."""
+    n, sure, _ = bins
+    confidence, share = sure / n, n / n.sum()
+    rng, accuracy = np.random.default_rng(seed), np.clip(confidence - gaps, 0, 1)
+    rows = rng.multinomial(int(n.sum()), share, size=draws)
+    found = distance(rows.astype(np.float64), rows * confidence, rng.binomial(rows, accuracy).astype(np.float64))
+    return found, float((share * np.abs(confidence - accuracy)).sum())
 
 
 def chance_ece(
@@ -267,9 +256,26 @@ def chance_ece(
     draws: int = 400,
 ) -> tuple[float, float]:  # mean, and the value that 97.5 % stay under
     """The ECE that these confidences would get if they were perfectly calibrated."""
-    confidence, right = top_confidence(probs, labels)
-    found = _by_chance(_cells(confidence, right), _edges(confidence, 15, "width"), _mean_gap, seed, draws)
-    return float(np.mean(found)), float(np.quantile(found, 0.975))
+    bins = _filled(*top_confidence(probs, labels), "width")
+    found, _ = _drawn(bins, np.zeros_like(bins[0]), _mean_gaps, seed, draws)
+    return float(found.mean()), float(np.quantile(found, 0.975))
+
+
+_SEEN = 2.0  # standard errors from which on a bin is taken to have a gap
+_HALVINGS = 9
+
+
+def _shapes(bins: _Bins, found: float, chance: float) -> tuple[Floats, Floats]:
+    """How a mean gap of 1 may lie in the bins: in a few of them, and in all alike."""
+    n, sure, hits = bins
+    confidence, accuracy, share = sure / n, hits / n, n / n.sum()
+    careful = (hits + 0.5) / (n + 1)  # its variance is not 0 where all rows are right
+    variance = np.maximum(confidence * (1 - confidence), careful * (1 - careful)) / n
+    gaps = confidence - accuracy
+    z = np.abs(gaps) / np.sqrt(variance)
+    few = np.where(z >= min(_SEEN, z.max()), gaps, 0)
+    alike = np.where((gaps < 0) & (found > chance), -1.0, 1.0)  # a direction that only chance shows is none
+    return few / max((share * np.abs(few)).sum(), _TINY), alike
 
 
 def distance_interval(
@@ -278,23 +284,33 @@ def distance_interval(
     labels: npt.ArrayLike,  # n
     *,
     seed: int,
-    draws: int = 400,
+    draws: int = 400,  # at each distance that is tried
 ) -> tuple[float, float]:  # 95 %
-    """An interval for a mean distance between confidence and accuracy; raises `InputError` on another measure."""
+    """An interval for a mean distance between confidence and accuracy; raises `InputError` on another measure.
+
+    By test inversion (Carpenter 1999) over gaps of the bins, from consistency resampling (Bröcker and Smith 2007) on.
+    """
     if measure not in _DISTANCES:
         raise InputError(f"measure must be one of {', '.join(_DISTANCES)}, got {measure!r}; for mce see mce_interval")
     equal, distance = _DISTANCES[measure]
-    confidence, right = top_confidence(probs, labels)
-    edges = _edges(confidence, 15, equal)
-    found, cells = distance(*_binned(confidence, right, edges)), _cells(confidence, right)
-    n, sure, hits = cells
-    rng = np.random.default_rng(seed)
-    drawn = [distance(*_binned(sure, hits, edges, _redraw(n, len(right), rng))) for _ in range(draws)]
-    lo, hi = np.quantile(drawn, [0.025, 0.975])
-    chance = float(np.quantile(_by_chance(cells, edges, distance, seed, draws), 0.975))
-    if found <= chance:
-        return 0.0, float(max(2 * found - lo, chance))
-    return float(max(2 * found - hi, 0)), float(min(max(2 * found - lo, found), 1))
+    bins = _filled(*top_confidence(probs, labels), equal)
+    found = float(distance(*bins))
+    by_chance, _ = _drawn(bins, np.zeros_like(bins[0]), distance, seed, draws)
+    few, alike = _shapes(bins, found, float(np.quantile(by_chance, 0.975)))
+
+    def end(shape: Floats, towards: float) -> float:
+        """The last distance on this side at which what was found is no surprise."""
+        near, far = found, towards
+        for _ in range(_HALVINGS):
+            middle = (near + far) / 2
+            drawn, _ = _drawn(bins, middle * shape, distance, seed, draws)
+            as_far = drawn <= found + _TINY if towards > found else drawn >= found - _TINY
+            near, far = (middle, far) if as_far.mean() > 0.025 else (near, middle)
+        return _drawn(bins, near * shape, distance, seed, 1)[1]
+
+    reach = 4 / math.sqrt(bins[0].sum())  # eight standard errors of a share, at least: more than chance adds or takes
+    low = 0.0 if (by_chance >= found - _TINY).mean() > 0.025 else end(few, max(found - reach, 0.0))
+    return min(low, found), max(end(alike, found + reach), found)
 
 
 def ece_interval(
@@ -329,6 +345,9 @@ def mce_interval(
     return float(nearest.max()), float(furthest.max())
 
 
+_REDRAWN = 50_000  # values up to which a mean is redrawn
+
+
 def mean_interval(
     losses: npt.ArrayLike,  # n values, one a row
     *,
@@ -337,7 +356,7 @@ def mean_interval(
 ) -> tuple[float, float]:  # 95 %
     """A bootstrap interval for a mean, such as Brier, NLL or accuracy; of many rows, the normal one."""
     values = np.asarray(losses, dtype=np.float64)
-    if len(values) > _EXACT:
+    if len(values) > _REDRAWN:
         half = 1.959964 * values.std() / math.sqrt(len(values))
         return float(values.mean() - half), float(values.mean() + half)
     rng = np.random.default_rng(seed)
