@@ -2,18 +2,23 @@
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("frouros")
 
+from rlhf_workbench.cli import main
+from rlhf_workbench.commands.drift import drift
 from rlhf_workbench.core.errors import InputError
 from rlhf_workbench.core.schema import StreamState
-from rlhf_workbench.monitor.feature_streams import FeatureStream, open_stream
+from rlhf_workbench.monitor.feature_streams import FeatureStream, follow_values, open_stream
 from rlhf_workbench.store.tables import connect
 
 
@@ -119,3 +124,82 @@ def test_a_constant_reference_makes_no_noise() -> None:
     stream = open_stream(np.ones(100), window=10, budget=0.01, simulated=300)
     assert not any(r and r.is_alarm for r in (stream.update(1.0) for _ in range(100)))
     assert any(r and r.is_alarm for r in (stream.update(2.0) for _ in range(20)))
+
+
+# From alarms to episodes
+
+
+def test_a_change_that_lasts_is_one_episode_and_a_second_one_another() -> None:
+    rng = np.random.default_rng(0)
+    steps = np.repeat([0, 1.5, 0, 1.5], 300)[:, None] * [1, 0]
+    stream = open_stream(rng.normal(size=(400, 2)), window=40, budget=2e-4)
+    found = follow_values(rng.normal(size=(1200, 2)) + steps, stream)
+    assert [300 <= e.index < 345 or 900 <= e.index < 945 for e in found] == [True, True]
+    assert all(e.start == e.index - 39 for e in found)
+    assert 560 <= found[0].until < 640
+    assert all(e.distance > stream.threshold for e in found)
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> Path:
+    """A reference and rows whose columns become alike at row 500: no column shows it alone."""
+    rng = np.random.default_rng(1)
+    old, new = rng.normal(size=(1600, 2)), rng.normal(size=(1000, 2))
+    new[500:, 1] = 0.98 * new[500:, 0] + np.sqrt(1 - 0.98**2) * new[500:, 1]
+    pd.DataFrame(old, columns=["a", "b"]).to_csv(tmp_path / "old.csv", index=False)
+    pd.DataFrame(1000 * new, columns=["a", "b"]).to_csv(tmp_path / "scaled.csv", index=False)
+    pd.DataFrame(new, columns=["a", "b"]).assign(word="x").to_csv(tmp_path / "new.csv", index=False)
+    return tmp_path
+
+
+def _said(*words: Any) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(CliRunner().invoke(drift, [*map(str, words), "--json"]).stdout)
+    return found
+
+
+def test_the_command_follows_rows_and_sees_what_no_column_shows(tables: Path) -> None:
+    how = ["--reference", tables / "old.csv", "--window", 100, "--budget", 2e-4]
+    both = _said(tables / "new.csv", *how, "--features", "a,b")
+    assert (both["test"], both["features"], both["n"]) == ("MMD", ["a", "b"], 1000)
+    assert [500 <= one["index"] < 600 and one["until"] > 900 for one in both["alarms"]] == [True]
+    assert [_said(tables / "new.csv", *how, "--features", name)["alarms"] for name in "ab"] == [[], []]
+    assert _said(tables / "scaled.csv", *how)["alarms"][0]["index"] == 99, "another scale is another distribution"
+
+
+def test_rows_keep_their_numbers_when_missing_ones_are_left_out(tables: Path) -> None:
+    rows = pd.read_csv(tables / "new.csv")[["a", "b"]]
+    holes = pd.concat([pd.DataFrame({"a": [np.nan] * 30, "b": 0.0}), rows])
+    holes.to_csv(tables / "holes.csv", index=False)
+    how = ["--reference", tables / "old.csv", "--window", 50]
+    whole, left = (
+        _said(tables / "new.csv", *how, "--features", "a,b"),
+        _said(tables / "holes.csv", *how, "--skip-missing"),
+    )
+    assert [one["index"] + 30 for one in whole["alarms"]] == [one["index"] for one in left["alarms"]] != []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["new.csv", "--features", "word"], "old.csv has no column word"),
+        (["new.csv", "--window", "500"], "the reference has 1600 values, a window of 500 needs 2000"),
+        (["words.csv"], "words.csv: a holds no numbers"),
+        (["holes.csv"], "row 1 of holes.csv has no number in every column (and 0 more)"),
+        (["new.csv", "--budget", "1e-6"], "a budget 0.0001 to 1"),
+    ],
+)
+def test_what_cannot_be_followed_is_one_line(
+    words: list[str], said: str, tables: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tables)
+    pd.DataFrame({"a": ["x"], "b": [1.0]}).to_csv("words.csv", index=False)
+    pd.DataFrame({"a": [1.0, np.nan], "b": 1.0}).to_csv("holes.csv", index=False)
+    assert main(["drift", words[0], "--reference", "old.csv", "--window", "50", *words[1:]]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_fewer_rows_than_a_window_are_not_called_quiet(tables: Path) -> None:
+    pd.read_csv(tables / "new.csv").head(20).to_csv(tables / "few.csv", index=False)
+    how = [str(tables / "few.csv"), "--reference", str(tables / "old.csv"), "--window", "50"]
+    assert "not enough data: 20 rows, a window needs 50" in CliRunner().invoke(drift, how).stdout
+    assert _said(*how)["notes"]

@@ -168,6 +168,69 @@ def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed
         count += f", not enough data for {len(facts['features']) - len(judged)} more"
     return facts, "\n".join([*lines, f"{count}; {facts['n_reference']} rows against {facts['n']}", *facts["notes"]])
 
+# %% ../../nbs/commands/11_drift.ipynb #514f5a4f
+def _numbers(path: Path, names: list[str] | None, skip_missing: bool) -> Any:
+    """Columns of finite numbers of a file, as a table."""
+    import numpy as np
+
+    from rlhf_workbench.monitor.stream_files import read_rows
+
+    table = read_rows(path, names)
+    if words := [str(name) for name in table if table[name].dtype.kind not in "iufb"]:
+        raise InputError(f"{path.name}: {', '.join(words)} holds no numbers; name columns of numbers with --features")
+    table = table.astype(float)
+    bad = ~np.isfinite(table).all(axis=1)
+    if bad.any() and not skip_missing:
+        row = int(bad.to_numpy().argmax())
+        raise InputError(
+            f"row {row} of {path.name} has no number in every column (and {int(bad.sum()) - 1} more); "
+            "mend the file, or leave them out with --skip-missing"
+        )
+    return table[~bad]
+
+
+def _follow(path: Path, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """When the rows of a file stopped looking like the reference, and the same in words."""
+    from rlhf_workbench.monitor.feature_streams import follow_values, open_stream
+
+    begin, features, window = time.perf_counter(), options["features"], options["window"]
+    names = list(dict.fromkeys(name.strip() for name in features.split(","))) if features else None
+    old = _numbers(Path(existing_file(options["reference"])), names, options["skip_missing"])
+    names = names or [str(name) for name in old]
+    new = _numbers(path, names, options["skip_missing"])
+    spread = old.std().where(lambda s: s > 0, 1.0)
+    reference, values = (((part - old.mean()) / spread).to_numpy() for part in (old, new))
+    if len(names) == 1:
+        reference, values = reference[:, 0], values[:, 0]
+    stream = open_stream(reference, window=window, budget=options["budget"], seed=options["seed"])
+    episodes = [asdict(one) for one in follow_values(values, stream)]
+    for one in episodes:
+        one |= {name: int(new.index[one[name]]) for name in ("index", "start", "until")}
+    few = f"not enough data: {len(values)} rows, a window needs {window}; this does not mean no drift"
+    notes = [few] if len(values) < window else []
+    facts = {
+        "n": len(values),
+        "n_reference": len(reference),
+        "features": names,
+        "test": stream.test,
+        "window": window,
+        "budget": options["budget"],
+        "threshold": stream.threshold,
+        "expected_false_alarms": len(values) * options["budget"],
+        "alarms": episodes,
+        "notes": notes,
+        "seconds": round(time.perf_counter() - begin, 3),
+    }
+    lines = [
+        f"row {one['index']}: rows since {one['start']} do not look like the reference, distance {one['distance']:.3g}"
+        + (f"; still so at row {one['until']}" if one["until"] > one["index"] else "")
+        for one in episodes
+    ]
+    count = "1 alarm" if len(episodes) == 1 else f"{len(episodes)} alarms"
+    most = f"at most {facts['expected_false_alarms']:.2g} false ones expected"
+    lines.append(f"{count} in {len(values)} rows ({stream.test}, windows of {window}), {most}; {facts['seconds']} s")
+    return facts, "\n".join([*lines, *notes])
+
 # %% ../../nbs/commands/11_drift.ipynb #107d7d37
 @click.command()
 @shared
@@ -184,9 +247,10 @@ def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed
 @click.option("--skip-missing", is_flag=True, help="Leave out what is missing.")
 @click.option("--reference", type=FILE, help="A file to compare with; with --error: the quiet period.")
 @click.option("--features", help="Columns to compare, with commas; default: all that both files have.")
+@click.option("--window", type=click.IntRange(5), help="With --reference: follow the rows, so many at a time.")
 @click.option("--fdr", type=float, default=0.05, show_default=True, help="False discovery rate over the features.")
 def drift(file: Path, error: str | None, backtest: bool, store: Path, seed: int, as_json: bool, **options: Any) -> None:
-    """Find what changed in a stream of errors or scores, or between two tables.
+    """Find what changed in a stream of errors or scores, between two tables, or when rows became others.
 
     Example: rlhfw drift predictions.csv --error wrong --budget 1e-4
     """
@@ -195,6 +259,8 @@ def drift(file: Path, error: str | None, backtest: bool, store: Path, seed: int,
         raise InputError("--backtest replays a stream: name its column with --error")
     if error is not None:
         facts, text = (_backtest if backtest else _watch)(file, error, options | {"seed": seed})
+    elif options["reference"] is not None and options["window"]:
+        facts, text = _follow(file, options | {"seed": seed})
     elif options["reference"] is not None:
         facts, text = _compare(file, options["reference"], options["features"], options["fdr"], seed)
     else:
