@@ -221,15 +221,21 @@ def _follow(path: Path, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
         "notes": notes,
         "seconds": round(time.perf_counter() - begin, 3),
     }
+    return facts, _follow_in_words(facts)
+
+
+def _follow_in_words(facts: dict[str, Any]) -> str:
+    """One line an alarm."""
     lines = [
         f"row {one['index']}: rows since {one['start']} do not look like the reference, distance {one['distance']:.3g}"
         + (f"; still so at row {one['until']}" if one["until"] > one["index"] else "")
-        for one in episodes
+        for one in facts["alarms"]
     ]
-    count = "1 alarm" if len(episodes) == 1 else f"{len(episodes)} alarms"
+    count = "1 alarm" if len(lines) == 1 else f"{len(lines)} alarms"
+    how = f"{facts['test']}, windows of {facts['window']}"
     most = f"at most {facts['expected_false_alarms']:.2g} false ones expected"
-    lines.append(f"{count} in {len(values)} rows ({stream.test}, windows of {window}), {most}; {facts['seconds']} s")
-    return facts, "\n".join([*lines, *notes])
+    lines.append(f"{count} in {facts['n']} rows ({how}), {most}; {facts['seconds']} s")
+    return "\n".join([*lines, *facts["notes"]])
 
 # %% ../../nbs/commands/11_drift.ipynb #107d7d37
 @click.command()

@@ -123,8 +123,9 @@ def calibrate_model(
     model = store.get(Model, model_id)
     fit, test, left_out = _parts(store, model_id, min_rows)
     learnt = learn_calibration(*_pairs(fit), method, pairs=True, seed=seed, prior_sd=prior_sd)
-    figures = _figures(test, _correct(test, learnt), seed)
-    slices, ceiling = slice_model(store, _correct(test, learnt), seed=seed)
+    corrected = _correct(test, learnt)
+    figures = _figures(test, corrected, seed)
+    slices, ceiling = slice_model(store, corrected, seed=seed)
     kept = Calibration(
         model_id=model_id,
         method=learnt["method"],
@@ -134,12 +135,9 @@ def calibrate_model(
         figures={name: value for name, value in figures.items() if isinstance(value, float)},
         run_id=run_id,
     )
-    limits = {
-        "ece": figures["ece_after_by_chance_high"],
-        "nll": figures["nll_before"],
-        "brier": figures["brier_before"],
-    }
-    page = _write_page(store, model, run_id, (_correct(test, learnt), _correct(fit, learnt)), limits)
+    limits = {"ece": "ece_after_by_chance_high", "nll": "nll_before", "brier": "brier_before"}
+    bounds = {name: figures[figure] for name, figure in limits.items()}
+    page = _write_page(store, model, run_id, (corrected, _correct(fit, learnt)), bounds)
     store.append(kept)
     best = learn_calibration(*_pairs(fit), "temperature", pairs=True, prior_sd=prior_sd)
     return figures | {
@@ -150,9 +148,7 @@ def calibrate_model(
         "rows_left_out": left_out,
         "slices": _plain(slices),
         "human_ceiling": None if math.isnan(ceiling["agreement"]) else ceiling,
-        "abstention": {
-            name: None if math.isnan(x) else x for name, x in abstain_model(_correct(test, learnt), alpha=alpha).items()
-        },
+        "abstention": {k: None if math.isnan(x) else x for k, x in abstain_model(corrected, alpha=alpha).items()},
         "calibration_id": kept.id,
         **page,
     }
