@@ -3,8 +3,13 @@
 import contextlib
 import json
 import logging
+import os
+import re
 import resource
+import select
 import socket
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -144,6 +149,70 @@ def test_an_endless_body_is_cut_off_without_being_kept(running: Running, path: s
     answer = running.talk(head, *[piece] * 2000)  # 125 MiB
     assert answer.startswith(b"HTTP/1.1 413"), answer[:200]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 60_000  # KiB
+
+
+@contextlib.contextmanager
+def program(path: Path, spool: Path) -> Iterator[tuple[int, int]]:
+    """`rlhfw serve` with the limits that users have, in a process of its own: its number and its port."""
+    command = [sys.executable, "-c", "from rlhf_workbench.cli import main; raise SystemExit(main())", "serve"]
+    options = ["--store", str(path), "--port", "0", "--no-open"]
+    env = os.environ | {"TMPDIR": str(spool)}
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=env) as process:
+        try:
+            assert process.stdout
+            found = next(match for line in process.stdout if (match := re.search(r"http://[^/]*:(\d+)/", line)))
+            yield process.pid, int(found[1])
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def most_memory(pid: int) -> int:
+    """The most bytes that a process ever had in memory."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def stream(port: int, head: bytes, piece: bytes, most: int) -> tuple[int, bytes]:
+    """Send pieces without an end until there is an answer; bytes sent, and the answer."""
+    sent = 0
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as line:
+        line.sendall(head)
+        with contextlib.suppress(ConnectionError):
+            while sent < most and not select.select([line], [], [], 0)[0]:
+                line.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
+                sent += len(piece)
+        return sent, b"".join(iter(lambda: line.recv(65536), b""))
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the memory of a process is read from /proc")
+def test_two_gigabytes_that_really_come_are_cut_off_at_the_limit(tmp_path: Path) -> None:
+    path, spool = tmp_path / "pilot.duckdb", tmp_path / "spool"
+    spool.mkdir()
+    with connect(path) as store:
+        _, secret = make_token(store, "rob", "researcher")
+    row = b'{"text": "%s"}\n' % (b"x" * 1000)
+    limits = [
+        (PROMPTS, "json", Limits().body_bytes, 'send it in parts, or by the bulk route"'),
+        (PROMPTS + "/bulk", "x-ndjson", Limits().bulk_bytes, 'send it in parts"'),
+    ]
+    with program(path, spool) as (pid, port), connect(path, read_only=True) as store:
+        running = Running(store, secret, port)
+        with running.client as client:
+            assert client.post(PROMPTS, json={"text": "before"}).status_code == 201
+        before, memory = store.counts(), most_memory(pid)
+        for route, form, limit, advice in limits:
+            head = running.head(route, f"Content-Type: application/{form}", "Transfer-Encoding: chunked")
+            sent, answer = stream(port, head, row * 64, most=2 * 2**30)
+            assert answer.startswith(b"HTTP/1.1 413"), (sent, answer[:200])
+            assert f"larger than the {limit // 2**20} MiB that are taken here; {advice}".encode() in answer
+            assert limit < sent < limit + 2**26  # what is on its way when the answer comes
+            assert most_memory(pid) - memory < Limits().body_bytes + 2**26
+            assert (store.counts(), [*spool.glob("*")]) == (before, [])
+        with running.client as client:
+            assert client.post(PROMPTS, json={"text": "after"}).status_code == 201
+        assert store.counts() == before | {"prompt": 2}
 
 
 def test_the_service_lives_after_all_that(running: Running) -> None:

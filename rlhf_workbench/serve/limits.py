@@ -50,6 +50,7 @@ class Meter:
     limit: int  # bytes
     seconds: float  # until all is here
     digest: Any = None  # a hash that is fed on the way
+    is_bulk: bool = False
     n_bytes: int = 0
     deadline: float = field(default_factory=lambda: 0.0)
 
@@ -69,16 +70,15 @@ class Meter:
     def _count(self, chunk: bytes) -> None:
         self.n_bytes += len(chunk)
         if self.n_bytes > self.limit:
-            raise HTTPException(413, too_large(self.limit))
+            raise HTTPException(413, too_large(self.limit, self.is_bulk))
         if self.digest is not None:
             self.digest.update(chunk)
 
 
-def too_large(limit: int) -> str:
+def too_large(limit: int, is_bulk: bool = False) -> str:
     """What is said to a body over the limit."""
-    return (
-        f"the body is larger than the {limit / 2**20:g} MiB that are taken here; send it in parts, or by the bulk route"
-    )
+    how = "send it in parts" if is_bulk else "send it in parts, or by the bulk route"
+    return f"the body is larger than the {limit / 2**20:g} MiB that are taken here; {how}"
 
 # %% ../../nbs/serve/21_limits.ipynb #0edf838f
 class Throttle:

@@ -197,11 +197,11 @@ class GuardedRoute(APIRoute):
         n_bytes = limits.bulk_bytes if self.is_bulk else limits.body_bytes
         announced = request.headers.get("content-length", "0")
         if not announced.isdecimal() or int(announced[:20]) > n_bytes:
-            raise HTTPException(413, too_large(n_bytes))
+            raise HTTPException(413, too_large(n_bytes, self.is_bulk))
         if request.headers.get("content-encoding", "identity") != "identity":
             raise HTTPException(415, "a body is taken only as it is, without Content-Encoding; send it unpacked")
         digest = hashlib.sha256() if "idempotency-key" in request.headers else None
-        meter = Meter(request.receive, n_bytes, limits.bulk_s if self.is_bulk else limits.body_s, digest)
+        meter = Meter(request.receive, n_bytes, limits.bulk_s if self.is_bulk else limits.body_s, digest, self.is_bulk)
         request.scope["rlhfw.meter"] = meter
         return _Strict(request.scope, meter, request._send)
 
