@@ -1,6 +1,7 @@
 """A running service and a headless Chromium, for tests that look at pages."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -106,3 +107,65 @@ def opened(profile: Path) -> Iterator[Page]:
         yield Page(driver)
     finally:
         driver.quit()
+
+
+def window_of(page: Page) -> tuple[int, int]:
+    """From where to where the drift page says that it looks."""
+    found = re.search(r"Values ([\d,]+) to ([\d,]+) of", page.text())
+    assert found, page.text()
+    begin, end = (int(number.replace(",", "")) for number in found.groups())
+    return begin, end
+
+
+def columns(page: Page, name: str) -> list[dict[str, Any]]:
+    """What is drawn: the data of all glyphs that have a column of this name."""
+    found: list[dict[str, Any]] = page.ask(
+        f"""Bokeh.documents.flatMap(d => [...d._all_models.values()]).filter(m => m.renderers && m.x_range)
+        .flatMap(m => m.renderers).map(r => r.data_source).filter(s => s && s.columns().includes({name!r}))
+        .map(s => Object.fromEntries(s.columns().map(c => [c, [...s.get_column(c)]])))"""
+    )
+    return found
+
+
+def choose(page: Page, label: str, text: str) -> None:
+    """Choose in the list under a label, as a person does."""
+    page.ask(
+        f"""(() => {{ const list = all(document.body).filter(e => e.tagName === 'SELECT')
+        .find(e => e.getRootNode().textContent.includes({label!r}));
+        const one = [...list.options].find(o => o.textContent.includes({text!r}));
+        [...list.options].forEach(o => {{ o.selected = o === one }});
+        list.dispatchEvent(new Event('change')); }})()"""
+    )
+
+
+def press(page: Page, label: str) -> None:
+    page.ask(f"all(document.body).find(e => e.tagName === 'BUTTON' && e.textContent.includes({label!r})).click()")
+
+
+def drag(page: Page, plot: int, begin: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw with the mouse on a plot, from one place to another; places are shares of its width and height."""
+    left, top, width, height = page.ask(
+        f"""(() => {{ const plot = all(document.body).filter(e => e.classList && e.classList.contains('bk-Canvas'))[{plot}];
+        plot.scrollIntoView({{block: 'center'}}); const r = plot.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; }})()"""
+    )
+    middle = tuple((a + b) / 2 for a, b in zip(begin, end, strict=True))
+    steps = (("mousePressed", begin), ("mouseMoved", middle), ("mouseMoved", end), ("mouseReleased", end))
+    mouse(page, *((kind, left + x * width, top + y * height) for kind, (x, y) in steps))
+
+
+def mouse(page: Page, *steps: tuple[str, float, float]) -> None:
+    """What a mouse does, where in the window."""
+    for kind, x, y in steps:
+        event = {"type": kind, "x": x, "y": y, "button": "left", "buttons": 1, "clickCount": 1}
+        page.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+
+
+def outside(page: Page, name: str) -> list[tuple[float, float]]:
+    """Points of the glyphs with a column of this name that lie outside of their axes, and so are not seen."""
+    found: list[tuple[float, float]] = page.ask(
+        f"""Bokeh.documents.flatMap(d => [...d._all_models.values()]).filter(m => m.renderers && m.x_range)
+        .flatMap(m => m.renderers.filter(r => r.data_source?.columns().includes({name!r}) && r.glyph.x?.field)
+        .flatMap(r => [...r.data_source.get_column(r.glyph.x.field)].map((x, i) => [x, r.data_source.get_column(r.glyph.y.field)[i]])
+        .filter(([x, y]) => x < m.x_range.start || x > m.x_range.end || y < m.y_range.start || y > m.y_range.end)))"""
+    )
+    return found

@@ -29,7 +29,7 @@ from rlhf_workbench.monitor.confirmation import (
 )
 from .detectors import StreamDetector, find_detector
 from .likelihood import FEWEST, Floats, Kind, Stretch
-from .strictness import DIALS, FEWEST_QUIET, calibrate_detector
+from .strictness import DIALS, FEWEST_QUIET, iter_calibration
 
 # %% ../../nbs/monitor/26_backtest.ipynb #495ffe78
 AUTO = "auto"
@@ -64,7 +64,7 @@ def iter_scan(
     | npt.ArrayLike
     | None = None,  # first values that are the quiet period, or its values; None: 500 of scores and of single detectors; of errors up to 1,500, where they depend on one another
     seed: int = 0,
-) -> Iterator[tuple[int, Scan]]:  # how many values were looked at; what was found so far
+) -> Iterator[tuple[int, Scan]]:  # how many values were looked at, 0 while a dial is turned; what was found so far
     """The alarms on a finished stream while they are found; raises `InputError` on too few values and on what cannot be watched."""
     stream = np.asarray(values, dtype=np.float64)
     kind = kind_of_stream(stream)
@@ -153,7 +153,8 @@ def _scan_single(
     if len(stream) < FEWEST_VALUES:
         raise InputError(f"not enough data: {len(stream)} values, needs {FEWEST_VALUES}; this does not mean no drift")
     _require_fractions(stream, name)
-    settings, note = _strictness(stream, name, budget, reference, seed)
+    for settings, note in _iter_strictness(stream, name, budget, reference, seed):
+        yield 0, Scan([], [], kind, None, None, settings, (note,) if note else ())
     expected, alarms, begin = len(stream) * budget if settings else None, list[Change](), 0
     detector = StreamDetector(name, seed=seed, **settings)
     for first in range(0, len(stream), _PORTION):
@@ -173,29 +174,34 @@ def _require_fractions(values: Floats, name: str) -> None:
         raise InputError(f"value {place} is {values[place]}, {name} needs values from 0 to 1; scale them, or take auto")
 
 
-def _strictness(
+def _iter_strictness(
     stream: Floats, name: str, budget: float, reference: int | npt.ArrayLike | None, seed: int
-) -> tuple[dict[str, Any], str]:
-    """Settings that keep the budget and what that rests on; or none, and why nothing is promised."""
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Settings that are tried; the last keep the budget, with what that rests on, or are none, with why nothing is promised."""
     kept = f"no budget is promised for {name}, which keeps its settings"
     if name not in DIALS:
-        return {}, f"{kept}: it has no dial that could be turned; auto keeps the budget"
+        yield {}, f"{kept}: it has no dial that could be turned; auto keeps the budget"
+        return
     count = _USUAL if reference is None else reference if isinstance(reference, int) else None
     if count == 0:
-        return {}, f"{kept}: there is no reference to learn from; give --reference-rows or --reference"
+        yield {}, f"{kept}: there is no reference to learn from; give --reference-rows or --reference"
+        return
     quiet = np.asarray(reference, dtype=np.float64) if count is None else stream[:count]
     if reference is None and (len(quiet) < FEWEST_QUIET or (quiet == quiet[0]).all()):
         what = f"{len(quiet)} values are too few" if len(quiet) < FEWEST_QUIET else f"all of them are {quiet[0]:g}"
-        return {}, f"{kept}: of the first {len(quiet)} values nothing can be learnt, {what}; give --reference"
+        yield {}, f"{kept}: of the first {len(quiet)} values nothing can be learnt, {what}; give --reference"
+        return
     _require_fractions(quiet, name)
     length = int(np.clip(len(stream), *_LENGTHS))
     try:
-        settings = calibrate_detector(name, quiet, budget, length=length, seed=seed)
+        for settings in iter_calibration(name, quiet, budget, length=length, seed=seed):
+            yield settings, ""
     except StateError as error:
-        return {}, f"{kept}: {error}"
+        yield {}, f"{kept}: {error}"
+        return
     ((dial, value),) = settings.items()
     where = f"the {len(quiet)} values of the reference" if count is None else f"the first {len(quiet)} values"
-    return settings, f"{name}: {dial} {value:g} keeps the budget on streams drawn from {where}"
+    yield settings, f"{name}: {dial} {value:g} keeps the budget on streams drawn from {where}"
 
 
 def _described(stream: Floats, begin: int, place: int, name: str, kind: Kind) -> Change:

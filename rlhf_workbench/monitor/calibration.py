@@ -6,9 +6,9 @@ Docs: https://OWNER.github.io/rlhf_workbench/monitor/calibration.html.md"""
 
 # %% auto #0
 __all__ = ['Floats', 'Ints', 'REPORTED', 'pair_probabilities', 'check_probabilities', 'top_confidence', 'reliability_table',
-           'wilson_interval', 'ece', 'adaptive_ece', 'mce', 'brier', 'nll', 'debiased_ece', 'debiased_rms',
-           'chance_ece', 'distance_interval', 'ece_interval', 'mce_interval', 'mean_interval', 'scale_probabilities',
-           'fit_temperature', 'plot_reliability', 'reliability_diagram']
+           'confidence_table', 'wilson_interval', 'ece', 'adaptive_ece', 'mce', 'brier', 'nll', 'debiased_ece',
+           'debiased_rms', 'chance_ece', 'distance_interval', 'ece_interval', 'mce_interval', 'mean_interval',
+           'scale_probabilities', 'fit_temperature', 'plot_reliability', 'reliability_diagram']
 
 # %% ../../nbs/monitor/01_calibration.ipynb #1729592f
 import math
@@ -97,7 +97,17 @@ def reliability_table(
     equal: str = "width",  # what the bins have in common: "width" or "count"
 ) -> pd.DataFrame:  # a row a bin that has any: lo, hi, n, confidence, accuracy, accuracy_lo, accuracy_hi (Wilson, 95 %)
     """Confidence against accuracy, bin by bin."""
-    confidence, right = top_confidence(probs, labels)
+    return confidence_table(*top_confidence(probs, labels), bins=bins, equal=equal)
+
+
+def confidence_table(
+    confidence: Floats,  # n values in [0, 1], such as from `top_confidence`
+    right: Floats,  # n values in [0, 1]
+    *,
+    bins: int = 15,
+    equal: str = "width",  # "width" or "count"
+) -> pd.DataFrame:  # as from `reliability_table`
+    """The same of what is known to be confidences: they are not checked again."""
     edges = _edges(confidence, bins, equal)
     n, sure, hits = _binned(confidence, right, edges)
     filled = n > 0

@@ -90,23 +90,25 @@ def load_holoviews() -> Any:
     return holoviews
 
 
-def _panel_view(panel: Chart, table: pd.DataFrame, height: int) -> Any:
+def _panel_view(panel: Chart, table: pd.DataFrame, height: int, axis: str) -> Any:
     """One panel as an overlay."""
     hv = load_holoviews()
     with needs_extra("apps"):
         from bokeh.models import HoverTool
     tips = [("", "@label"), (panel.label, "@value{0.0000}"), ("limits", "@lower{0.0000} … @upper{0.0000}")]
     hover = HoverTool(tooltips=[*tips, ("n", "@n"), ("rules", "@rules")])  # Bokeh escapes the values
-    x, columns = hv.Dimension("index", label="point"), ["value", "label", "lower", "upper", "n", "rules"]
-    parts = [hv.Curve(table, x, "value").opts(color="black", line_width=1)]
+    x, columns = hv.Dimension("index", label=axis), ["value", "label", "lower", "upper", "n", "rules"]
+    follow = {"framewise": True}  # where a page shows other figures, the axes follow
+    parts = [hv.Curve(table, x, "value").opts(color="black", line_width=1, **follow)]
     for name, dash in (("center", "solid"), ("lower", "dashed"), ("upper", "dashed")):
         if table[name].notna().any():
             step = hv.Curve(table, x, name).opts(interpolation="steps-mid", color="#1f77b4", line_dash=dash)
-            parts.append(step.opts(line_width=1))
+            parts.append(step.opts(line_width=1, **follow))
     for part, color in ((table[table["rules"] == ""], "black"), (table[table["rules"] != ""], "#d62728")):
-        parts.append(hv.Scatter(part, x, columns).opts(color=color, size=6, tools=[hover]))
+        parts.append(hv.Scatter(part, x, columns).opts(color=color, size=6, tools=[hover], **follow))
     frame = {"responsive": True, "height": height, "default_tools": [], "tools": ["xwheel_zoom", "xpan", "reset"]}
-    return hv.Overlay(parts).opts(**frame, show_legend=False, xlabel="point", ylabel=panel.label)
+    frame |= {"padding": (0.02, 0.1)}  # no point is cut at an edge
+    return hv.Overlay(parts).opts(**frame, show_legend=False, xlabel=axis, ylabel=panel.label)
 
 
 def chart_view(
@@ -114,11 +116,15 @@ def chart_view(
     hits: Sequence[Hit] = (),  # from find_hits
     labels: Sequence[Any] | None = None,  # one a point, shown when hovered over
     *,
+    at: Sequence[float] | None = None,  # where each point lies; None: one after the other
+    axis: str = "point",  # what that is
     height: int = 220,  # pixels of each panel
     with_companion: bool = True,
 ) -> Any:  # a holoviews Layout of one column, an overlay for each panel
     """Draw a chart and its companion for an app."""
     hv = load_holoviews()
     panels = chart.panels if with_companion else [chart]
-    views = [_panel_view(panel, panel_table(panel, hits, labels), height) for panel in panels]
+    tables = [panel_table(panel, hits, labels) for panel in panels]
+    placed = tables if at is None else [table.assign(index=at) for table in tables]
+    views = [_panel_view(panel, table, height, axis) for panel, table in zip(panels, placed, strict=True)]
     return hv.Layout(views).cols(1)

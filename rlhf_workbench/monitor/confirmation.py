@@ -98,7 +98,7 @@ def effect_size(
 
 # %% ../../nbs/monitor/24_confirmation.ipynb #8cc664db
 _BLOCK = 1024  # values that are looked at together: what is computed for them fits into the cache
-_PORTION = 50 * _BLOCK
+_PORTION = 10 * _BLOCK  # values between two tellings
 _MOVING = 3.0  # nats that say that the level still moves
 _HOLD = 200, 500  # values that a level must hold for, at least and at most
 
