@@ -449,9 +449,12 @@ def test_a_dead_parent_leaves_no_orphans(how: signal.Signals) -> None:
     """
     parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL)
     wait_for(busy_workers, 60)
+    orphans = [p for p in pipelines() if p.pid not in (os.getpid(), parent.pid)]
+    assert len(orphans) >= 4  # a leader, the manager of its queues, two that generate
     parent.send_signal(how)
-    parent.wait(10)
-    wait_for(nobody_left, 10)
+    assert parent.wait(10) == -how
+    _, alive = psutil.wait_procs(orphans, timeout=10)
+    assert alive == []
 
 
 def test_the_tiny_cache_can_be_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

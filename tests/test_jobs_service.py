@@ -250,10 +250,33 @@ def test_a_killed_service_takes_its_jobs_along_and_finds_them_again(notebooks: P
         assert again.verify().is_intact
 
 
-def test_a_process_that_is_gone_is_no_error() -> None:
-    child = subprocess.Popen([sys.executable, "-c", ""])
-    child.wait()
-    end_tree(child.pid)
+FAMILY = """
+import subprocess, sys
+subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"])
+sys.stdin.read()
+"""
+
+
+def test_a_process_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither one that is gone before it is looked for, nor a child that goes while its tree is ended."""
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert not psutil.pid_exists(gone.pid)
+    end_tree(gone.pid)
+    family = subprocess.Popen([sys.executable, "-c", FAMILY], stdin=subprocess.PIPE)
+    until(lambda: psutil.Process(family.pid).children())
+    (child,) = psutil.Process(family.pid).children()
+    kill = psutil.Process.kill
+
+    def kill_too_late(process: psutil.Process) -> None:
+        kill(process)
+        raise psutil.NoSuchProcess(process.pid)
+
+    monkeypatch.setattr(psutil.Process, "kill", kill_too_late)
+    end_tree(family.pid)
+    family.communicate()
+    assert family.returncode == -signal.SIGKILL
+    assert not is_alive(child.pid)
 
 
 def test_a_child_that_dies_by_itself_is_a_failed_job(worker: Worker, store: Store) -> None:

@@ -1,5 +1,6 @@
 """Morphology: symbols mean what they say, planted tastes are found, intervals hold, changes are real, bad input is told."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import pandas as pd
 import pytest
 
 pytest.importorskip("sklearn", reason="comes with the extra monitor")
+
+from matplotlib.cbook import is_math_text
 
 from rlhf_workbench.core.errors import InputError, MissingError, StateError
 from rlhf_workbench.core.messages import Example
@@ -345,18 +348,23 @@ def test_what_one_side_cannot_measure_is_said(pool: TraitPairs) -> None:
         follow_forms({"v1": old})
 
 
-def test_a_plot_of_versions_with_strange_names_is_drawn(pool: TraitPairs) -> None:
+def test_a_plot_of_versions_with_strange_names_is_drawn() -> None:
+    names = "$v_1$ <script>", "$v_{ $"  # mathematics, and what is no mathematics
     path = pd.DataFrame(
         [
-            ("$v_1$ <script>", "warm", 0.1, 0.0, 0.2),
+            (names[0], "warm", 0.1, 0.0, 0.2),
+            (names[1], "warm", 0.2, 0.1, 0.3),
             ("v2\n2", "warm", 0.3, 0.2, 0.4),
             ("v2\n2", "lists", 1.0, 0.9, 1.1),
         ],
         columns=["version", "trait", "weight", "low", "high"],
     )
-    import io
-
-    plot_path(path).savefig(io.BytesIO(), format="png")
+    figure, image = plot_path(path), io.BytesIO()
+    figure.savefig(image, format="png")
+    assert image.getvalue().startswith(b"\x89PNG")
+    shown = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes[:2]]
+    assert shown == [[r"\$v_1\$ <script>", r"\$v_{ \$", "v2 2"]] * 2
+    assert not any(is_math_text(text) for text in shown[0])
 
 
 # Reflection

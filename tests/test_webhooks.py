@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -38,6 +39,7 @@ from rlhf_workbench.core.schema import (
     new_id,
     utc_now,
 )
+from rlhf_workbench.govern import dispatch
 from rlhf_workbench.govern.alerts import open_alerts, raise_alert
 from rlhf_workbench.govern.delivery import (
     MAX_IDS,
@@ -575,12 +577,32 @@ def test_a_refused_address_is_not_kept(store: Store) -> None:
     assert store.counts() == {}
 
 
-def test_a_change_wakes_the_dispatcher_which_else_sleeps(store: Store, receiver: Receiver) -> None:
+def test_a_change_wakes_the_dispatcher_which_else_sleeps(
+    store: Store, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _listen(store, receiver)
+    looks: list[datetime] = []
+
+    def noted(*args: Any) -> list[Delivery]:
+        looks.append(utc_now())
+        return due_deliveries(*args)
+
+    def sleeps() -> bool:
+        return utc_now() - looks[-1] > timedelta(seconds=0.5)
+
+    monkeypatch.setattr(dispatch, "due_deliveries", noted)
     with Dispatcher(store, send=SEND, poll_s=3600):
+        prompts = []
         for n in range(1, 4):
-            store.append(Prompt(text="x"))
+            prompts.append(Prompt(text="x"))
+            store.append(prompts[-1])
             receiver.wait_for(lambda got, n=n: len(got) == n)
+            until = utc_now() + timedelta(seconds=30)
+            while not sleeps():
+                assert utc_now() < until, f"it looked {len(looks)} times"
+                time.sleep(0.05)
+    assert [message.payload["data"]["ids"] for message in receiver.got] == [[prompt.id] for prompt in prompts]
+    assert receiver.wrong == []
 
 
 def test_the_terminal_joins_the_process_that_serves(
