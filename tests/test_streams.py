@@ -20,7 +20,7 @@ pytest.importorskip("frouros")
 from rlhf_workbench.cli import main
 from rlhf_workbench.commands.drift import drift
 from rlhf_workbench.core.errors import InputError, StateError
-from rlhf_workbench.core.schema import Alert, DriftEvent, Observation, StreamState
+from rlhf_workbench.core.schema import Alert, DriftEvent, Observation, StreamState, correction
 from rlhf_workbench.monitor.accuracy import Score, prequential_errors, score_alarms, simulate_stream
 from rlhf_workbench.monitor.backtest import backtest_stream, scan_values
 from rlhf_workbench.monitor.budget import calibrate_threshold, false_alarm_rate, independence_p, threshold_for
@@ -797,6 +797,24 @@ def test_the_service_learns_how_errors_come() -> None:
         fired = len(store.records(DriftEvent, is_confirmed=True))
         assert _told(store) == _in_one_pass(values, "errors")
     assert len(find_changes(values)[0]) >= 4 * max(1, fired)
+
+
+def test_a_stream_that_was_kept_before_watches_learnt_begins_to_learn() -> None:
+    values = _bursts(0, 8000, 8)
+    with connect(":memory:") as store:
+        store.append([Observation(stream="s", value=v) for v in values[:1000]])
+        watch_observations(store, "s")
+        (kept,) = store.records(StreamState)
+        older = {
+            name: v for name, v in kept.state["watch"].items() if name not in ("is_dependent", "may_alarm", "first")
+        }
+        older["thresholds"] = ChangeWatch().state()["thresholds"]
+        store.append(correction(kept, state=kept.state | {"watch": older}))
+        store.append([Observation(stream="s", value=v) for v in values[1000:]])
+        watch_observations(store, "s")
+        state = store.records(StreamState)[-1].state["watch"]
+    assert state["is_dependent"]
+    assert state["thresholds"][1] > ChangeWatch().demand.alarm_at + 3
 
 
 def test_it_is_said_how_many_errors_are_missing() -> None:

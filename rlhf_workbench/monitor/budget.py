@@ -190,9 +190,9 @@ class Demand:
 
     def restore(
         self,
-        state: dict[str, Any],  # from `state`, of the same kind, budget and seed; an older one may lack the last three
+        state: dict[str, Any],  # from `state`, of the same kind, budget and seed; an older one has thresholds alone
     ) -> None:
-        """Take up a state."""
+        """Take up a state; a demand that learns begins to learn where an older one knew nothing of it."""
         self.warning_at, self.alarm_at = state["thresholds"]
         self.is_dependent, self.may_alarm = state.get("is_dependent", False), state.get("may_alarm", True)
-        self._first = state.get("first")
+        self._first = state.get("first", self._first)

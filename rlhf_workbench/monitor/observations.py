@@ -58,8 +58,9 @@ def _restored(settings: dict[str, Any], last: StreamState | None) -> _Memory | N
     """The memory as it was kept; None when the watch has to begin."""
     if last is None or last.settings != settings or not last.state.get("watch"):
         return None
-    scale = _ANY if settings["kind"] == "scores" else None
-    watch = ChangeWatch(settings["kind"], budget=settings["budget"], k=settings["k"], reference=scale)
+    how: dict[str, Any] = {name: settings[name] for name in ("kind", "budget", "k")}
+    is_learning = settings["kind"] == "errors" and not settings["reference"]
+    watch = ChangeWatch(**how, reference=_ANY if settings["kind"] == "scores" else None, learns=is_learning)
     watch.restore(last.state["watch"])
     latest = pd.to_datetime(last.state["latest"]) if last.state.get("latest") else None
     return _Memory(watch, last.seen, last.state["offset"], last.state["event"], latest)
