@@ -252,20 +252,21 @@ def test_a_killed_service_takes_its_jobs_along_and_finds_them_again(notebooks: P
 
 FAMILY = """
 import subprocess, sys
-subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"])
+child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"])
+print(child.pid, flush=True)
 sys.stdin.read()
 """
 
 
 def test_a_process_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither one that is gone before it is looked for, nor a child that goes while its tree is ended."""
+    """One that is gone before it is looked for; a child that goes while its tree is ended, and that nobody buries."""
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     assert not psutil.pid_exists(gone.pid)
     end_tree(gone.pid)
-    family = subprocess.Popen([sys.executable, "-c", FAMILY], stdin=subprocess.PIPE)
-    until(lambda: psutil.Process(family.pid).children())
-    (child,) = psutil.Process(family.pid).children()
+    family = subprocess.Popen([sys.executable, "-c", FAMILY], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert family.stdout
+    child = int(family.stdout.readline())
     kill = psutil.Process.kill
 
     def kill_too_late(process: psutil.Process) -> None:
@@ -276,7 +277,7 @@ def test_a_process_that_is_gone_is_no_error(monkeypatch: pytest.MonkeyPatch) -> 
     end_tree(family.pid)
     family.communicate()
     assert family.returncode == -signal.SIGKILL
-    assert not is_alive(child.pid)
+    assert not is_alive(child)
 
 
 def test_a_child_that_dies_by_itself_is_a_failed_job(worker: Worker, store: Store) -> None:

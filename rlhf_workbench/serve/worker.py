@@ -73,13 +73,23 @@ def end_tree(
 
     try:
         root = psutil.Process(pid)
-        while children := root.children(recursive=True):
+        while children := [child for child in root.children(recursive=True) if _is_living(child)]:
             for child in children:
                 _kill(child)
-            psutil.wait_procs(children, timeout=5)
+            psutil.wait_procs(children, timeout=0.05)
     except psutil.NoSuchProcess:
         return
     _kill(root)
+
+
+def _is_living(process: Any) -> bool:
+    """Whether it runs; a killed one stays in the list of processes until its parent asks for it, which may be never."""
+    import psutil
+
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kill(process: Any) -> None:
