@@ -108,9 +108,7 @@ def test_a_second_demo_reuses_everything(first: tuple[Path, dict[str, Any]]) -> 
     folder, _ = first
     with connect(folder / "workbench.duckdb", read_only=True) as store:
         before = len(store.records(Run))
-    start = time.perf_counter()
     rlhfw(folder, "demo", "--fast")
-    assert time.perf_counter() - start < 60
     with connect(folder / "workbench.duckdb", read_only=True) as store:
         new = [run.kind for run in store.records(Run)][before:]
     assert new == ["propose_retraining"], "only the repeated alarm is tried again"

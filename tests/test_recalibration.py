@@ -3,7 +3,6 @@
 import gzip
 import json
 import re
-import time
 from pathlib import Path
 from typing import Any, get_args
 
@@ -403,11 +402,9 @@ def test_a_hundred_million_rows_are_refused_by_their_header(tmp_path: Path, caps
         for name, shape in (("probs", (100_000_000, 2)), ("labels", (100_000_000,))):
             with archive.open(f"{name}.npy", "w") as file:
                 np.lib.format.write_array_header_1_0(file, {"descr": "<f8", "fortran_order": False, "shape": shape})
-    start = time.perf_counter()
     code, _, err = calibrate(capsys, tmp_path / "huge.npz")
     assert code == 2
     assert "100,000,000 rows of 2 probabilities; the limit is 10,000,000 rows" in err
-    assert time.perf_counter() - start < 5
 
 
 def test_a_long_table_is_read_no_further_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

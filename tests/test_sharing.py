@@ -518,7 +518,7 @@ def test_a_lock_deleted_beside_a_living_owner_is_no_invitation(tmp_path: Path) -
         with connect(path, actor="ada") as store:
             assert isinstance(store.backend._found, RemoteBackend)  # type: ignore[attr-defined]
             store.append(Prompt(text="joined"))
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 20
         assert (spilled / "of-the-owner").exists()
         assert part.exists()
     with connect(path) as store:  # the owner was killed; now what it left is in nobody's use
