@@ -16,9 +16,7 @@ from rlhf_workbench.core.schema import Comparison, Generation, Model, Prediction
 from rlhf_workbench.monitor.calibration import (
     adaptive_ece,
     brier,
-    chance_ece,
     ece,
-    ece_interval,
     fit_temperature,
     mce,
     nll,
@@ -27,6 +25,7 @@ from rlhf_workbench.monitor.calibration import (
     reliability_table,
     scale_probabilities,
 )
+from rlhf_workbench.monitor.calibration_intervals import chance_ece, ece_interval
 from rlhf_workbench.monitor.model_calibration import calibrate_model
 from rlhf_workbench.monitor.outcomes import preference_outcomes
 from rlhf_workbench.store.tables import Store, connect

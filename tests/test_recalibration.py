@@ -21,15 +21,13 @@ from rlhf_workbench.monitor.binary_calibration import BinaryMethod, apply_binary
 from rlhf_workbench.monitor.calibration import (
     debiased_ece,
     debiased_rms,
-    distance_interval,
     ece,
-    ece_interval,
-    mce_interval,
     nll,
     pair_probabilities,
     reliability_diagram,
     reliability_table,
 )
+from rlhf_workbench.monitor.calibration_intervals import distance_interval, ece_interval, mce_interval
 from rlhf_workbench.monitor.choice import choose_method, cross_validate, learn_calibration, recalibrate
 from rlhf_workbench.monitor.recalibration import Method, apply_calibration, fit_calibration, reductions
 from rlhf_workbench.serve.components import PairCalibration

@@ -19,15 +19,8 @@ import pandas as pd
 from ..core.errors import InputError
 from ..core.schema import DriftEvent
 from ..core.settings import needs_extra
-from rlhf_workbench.monitor.calibration import (
-    Floats,
-    debiased_ece,
-    ece,
-    ece_interval,
-    mean_interval,
-    pair_probabilities,
-    top_confidence,
-)
+from .calibration import Floats, debiased_ece, ece, pair_probabilities, top_confidence
+from .calibration_intervals import ece_interval, mean_interval
 
 # %% ../../nbs/monitor/18_calibration_watch.ipynb #96f79a25
 def calibration_windows(

@@ -23,14 +23,12 @@ from rlhf_workbench.monitor.calibration import (
     adaptive_ece,
     check_probabilities,
     debiased_ece,
-    distance_interval,
     ece,
     fit_temperature,
     mce,
-    mce_interval,
-    mean_interval,
     top_confidence,
 )
+from .calibration_intervals import distance_interval, mce_interval, mean_interval
 from .recalibration import Method, apply_calibration, fit_calibration, reductions
 
 # %% ../../nbs/monitor/12_choice.ipynb #3e683855

@@ -20,7 +20,8 @@ import pandas as pd
 from ..core.errors import InputError
 from ..core.schema import Annotation, Calibration, DriftEvent, Model, Prediction, StreamState
 from .abstention import decide_pairs, doubt_threshold, measure_abstention
-from .calibration import REPORTED, chance_ece, pair_probabilities, reliability_table
+from .calibration import REPORTED, pair_probabilities, reliability_table
+from .calibration_intervals import chance_ece
 from .calibration_watch import CalibrationWatch, watch_calibration
 from .choice import compare_calibration, learn_calibration
 from .outcomes import FEATURES, annotator_outcomes, describe_cases, preference_outcomes

@@ -21,12 +21,11 @@ from rlhf_workbench.monitor.calibration import (
     Floats,
     debiased_ece,
     ece,
-    ece_interval,
-    mean_interval,
     pair_probabilities,
     top_confidence,
     wilson_interval,
 )
+from .calibration_intervals import ece_interval, mean_interval
 from .multiplicity import adjust_p_values
 
 # %% ../../nbs/monitor/16_slices.ipynb #209be58d
