@@ -4,17 +4,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlhf_workbench.core.errors import InputError, MissingError, StateError
-from rlhf_workbench.core.schema import RECORDS, Annotation, Model, Prompt, columns
+from rlhf_workbench.core.schema import RECORDS, Annotation, Model, Prompt, columns, new_id
 from rlhf_workbench.store.tables import connect
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=40)
@@ -151,6 +154,7 @@ def test_files_that_are_no_store_are_refused(tmp_path: Path) -> None:
 
 _WRITER = """
 import sys
+import threading
 from rlhf_workbench.core.schema import Prompt
 from rlhf_workbench.store.tables import connect
 store = connect(sys.argv[1])
@@ -195,3 +199,37 @@ def test_times_are_utc(tmp_path: Path) -> None:
         store.append(Annotation(comparison_id="c", annotator_id="a", label="tie", submitted_at=moment))
     with connect(tmp_path / "s.duckdb") as store:
         assert store.records(Annotation)[0].submitted_at == moment
+
+
+@pytest.mark.parametrize("n", [1, 6, 7, 40])
+def test_values_that_are_equal_but_not_the_same_stay_as_they_were(n: int, tmp_path: Path) -> None:
+    signs = [0.0 if i % 2 else -0.0 for i in range(n)]
+    votes = [Annotation(comparison_id="c", annotator_id="a", label="tie", seconds=s, is_swapped=False) for s in signs]
+    with connect(tmp_path / "s.duckdb") as store:
+        ready = threading.Barrier(n + 1)
+
+        def write(vote: Annotation) -> None:
+            ready.wait(30)
+            store.append(vote)
+
+        threads = [threading.Thread(target=write, args=[vote]) for vote in votes]
+        for thread in threads:
+            thread.start()
+        with store.transaction():  # all wait for it, and then share a commit
+            ready.wait(30)
+        for thread in threads:
+            thread.join(30)
+        store.append(votes_again := [replace(vote, id=new_id()) for vote in votes])
+        found = {vote.id: vote for vote in store.records(Annotation)}
+        for vote in [*votes, *votes_again]:
+            assert found[vote.id] == vote
+            assert str(found[vote.id].seconds) == str(vote.seconds)
+        table = {"comparison_id": ["c"] * 200, "annotator_id": ["a"] * 200, "label": ["tie"] * 200}
+        store.append_table(Annotation, pa.table(table | {"seconds": [0.0, -0.0] * 100}))
+        assert store.verify().is_intact  # also where single records are read with those of a table
+        store.append_table(
+            Annotation, pa.table({name: cells[:20] for name, cells in table.items()} | {"seconds": [-0.0] * 20})
+        )
+        for vote in votes:
+            store.append(replace(vote, id=new_id()))
+        assert store.verify().is_intact
