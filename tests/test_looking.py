@@ -239,3 +239,30 @@ def test_a_transaction_of_a_reader_is_waited_for_and_then_ended(path: Path) -> N
                 time.sleep(1.0)
                 reader.counts()
         assert reader.counts() == {"prompt": 1}
+
+
+ENDLESS = """
+import sys
+from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store.tables import connect
+store = connect(sys.argv[1])
+while True:
+    store.append(Prompt(text="x"))
+    print(".", end="", flush=True)
+"""
+
+
+def test_a_reader_outlives_writers_that_are_killed_and_sees_all_that_was_acknowledged(path: Path) -> None:
+    said, seen = 1, 0
+    with connect(path, read_only=True) as reader:
+        for _ in range(4):
+            process = subprocess.Popen([sys.executable, "-c", ENDLESS, str(path)], stdout=subprocess.PIPE)
+            assert process.stdout
+            assert process.stdout.read(1) == b"."
+            for _ in range(20):
+                before, seen = seen, reader.counts()["prompt"]
+                assert seen >= before
+            process.kill()
+            said += 1 + len(process.communicate()[0])
+            assert reader.counts()["prompt"] >= said
+            assert reader.verify().is_intact
