@@ -142,15 +142,20 @@ def press(page: Page, label: str) -> None:
     page.ask(f"all(document.body).find(e => e.tagName === 'BUTTON' && e.textContent.includes({label!r})).click()")
 
 
-def drag(page: Page, plot: int, begin: tuple[float, float], end: tuple[float, float]) -> None:
-    """Draw with the mouse on a plot, from one place to another; places are shares of its width and height."""
+def place_of(page: Page, plot: int, share: tuple[float, float]) -> tuple[float, float]:
+    """Where in the window a place of a plot is, given as shares of its width and height."""
     left, top, width, height = page.ask(
         f"""(() => {{ const plot = all(document.body).filter(e => e.classList && e.classList.contains('bk-Canvas'))[{plot}];
         plot.scrollIntoView({{block: 'center'}}); const r = plot.getBoundingClientRect(); return [r.left, r.top, r.width, r.height]; }})()"""
     )
-    middle = tuple((a + b) / 2 for a, b in zip(begin, end, strict=True))
+    return left + share[0] * width, top + share[1] * height
+
+
+def drag(page: Page, plot: int, begin: tuple[float, float], end: tuple[float, float]) -> None:
+    """Draw with the mouse on a plot, from one place to another, as `place_of` takes them."""
+    middle = ((begin[0] + end[0]) / 2, (begin[1] + end[1]) / 2)
     steps = (("mousePressed", begin), ("mouseMoved", middle), ("mouseMoved", end), ("mouseReleased", end))
-    mouse(page, *((kind, left + x * width, top + y * height) for kind, (x, y) in steps))
+    mouse(page, *((kind, *place_of(page, plot, share)) for kind, share in steps))
 
 
 def mouse(page: Page, *steps: tuple[str, float, float]) -> None:

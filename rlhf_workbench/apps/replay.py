@@ -199,7 +199,8 @@ def _outcome(look: Look, names: list[str], window: tuple[int, int], budget: floa
     for name in names:
         seen = replayed(name, n)
         where = f"{n:,} values" if seen == n else f"the first {seen:,} values, more are not shown to a single detector"
-        times = f"{counts.get(name, 0):,} times" if counts.get(name, 0) != 1 else "once"
+        fired = int(counts.get(name, 0))
+        times = {0: "never", 1: "once"}.get(fired, f"{fired:,} times")
         found.append(f"{name} {times} in {where} (the budget allows {seen * budget:,.3g} false)")
     notes = "".join(f" {note[0].upper()}{note[1:]}." for note in look.notes)
     return f"Would have fired: {'; '.join(found)}.{notes} It took {took:.1f} s."
