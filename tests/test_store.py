@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 
 from rlhf_workbench.core.errors import InputError, MissingError, StateError
 from rlhf_workbench.core.schema import RECORDS, Annotation, Model, Prompt, columns, new_id
+from rlhf_workbench.store import changes
+from rlhf_workbench.store.digest import arrow_hash
 from rlhf_workbench.store.tables import connect
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x00"), max_size=40)
@@ -112,6 +115,8 @@ def test_a_second_process_joins_and_writes(tmp_path: Path) -> None:
     with connect(path) as store:
         code = f"""
 from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store import changes
+from rlhf_workbench.store.digest import arrow_hash
 from rlhf_workbench.store.tables import connect
 with connect({str(path)!r}, actor="other") as store:
     store.append(Prompt(text="from the other process"))
@@ -156,6 +161,8 @@ _WRITER = """
 import sys
 import threading
 from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store import changes
+from rlhf_workbench.store.digest import arrow_hash
 from rlhf_workbench.store.tables import connect
 store = connect(sys.argv[1])
 for i in range(10_000):
@@ -233,3 +240,24 @@ def test_values_that_are_equal_but_not_the_same_stay_as_they_were(n: int, tmp_pa
         for vote in votes:
             store.append(replace(vote, id=new_id()))
         assert store.verify().is_intact
+
+
+@pytest.mark.parametrize("n", [20, 200])
+def test_tables_whose_minus_zeros_were_hashed_with_their_sign_are_intact(
+    n: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So they were before -0.0 counted as 0.0."""
+    table = {"comparison_id": ["c"] * n, "annotator_id": ["a"] * n, "label": ["tie"] * n, "seconds": [-0.0] * n}
+    path = tmp_path / "s.duckdb"
+    with connect(path) as store:
+        monkeypatch.setattr(changes, "arrow_hash", partial(arrow_hash, signed_zero=True))
+        store.append_table(Annotation, pa.table(table))
+        monkeypatch.undo()
+        assert store.verify().is_intact
+        for i in range(40):  # its rows are read with those of single records
+            store.append(Annotation(comparison_id=f"c{i}", annotator_id="a", label="tie", seconds=-0.0))
+        assert store.verify().is_intact
+    with duckdb.connect(str(path)) as con:
+        con.execute("UPDATE annotation SET seconds = 1e-300 WHERE id = (SELECT min(id) FROM annotation)")
+    with connect(path) as store:
+        assert not store.verify().is_intact

@@ -108,7 +108,7 @@ def _update_flags(digest: Any, chunks: Sequence[pa.Array]) -> None:
         digest.update(np.asarray(pc.is_valid(chunk)).astype(np.uint8).data)
 
 
-def _update(digest: Any, sql: str, chunks: Sequence[pa.Array]) -> None:
+def _update(digest: Any, sql: str, chunks: Sequence[pa.Array], signed_zero: bool) -> None:
     """Hash one column."""
     _update_flags(digest, chunks)
     if sql in ("VARCHAR", "JSON"):
@@ -124,16 +124,18 @@ def _update(digest: Any, sql: str, chunks: Sequence[pa.Array]) -> None:
         for chunk in chunks:
             plain = chunk.cast(pa.int64()) if sql == "TIMESTAMPTZ" else chunk
             cells = np.asarray(pc.fill_null(plain, False if sql == "BOOLEAN" else 0)).astype(number)
-            digest.update((cells + 0.0 if sql == "DOUBLE" else cells).data)  # -0.0 counts as the 0.0 that it equals
+            digest.update((cells if signed_zero or sql != "DOUBLE" else cells + 0.0).data)  # -0.0 + 0.0 is 0.0
 
 
 def arrow_hash(
     columns: Mapping[str, str],  # name → DuckDB type, in the order of the table
     table: pa.Table,  # of `arrow_schema(columns)`, rows in the order of their ids
+    *,
+    signed_zero: bool = False,  # -0.0 is not the 0.0 that it equals: so tables were hashed once
 ) -> str:  # 64 hexadecimal digits, the same as `content_hash` of the same rows
     """SHA-256 over rows of an Arrow table."""
     digest = hashlib.sha256()
     for name, sql in columns.items():
         digest.update(_head(name, sql, len(table)))
-        _update(digest, sql, table[name].chunks)
+        _update(digest, sql, table[name].chunks, signed_zero)
     return digest.hexdigest()
