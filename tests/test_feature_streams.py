@@ -186,6 +186,15 @@ def test_rows_keep_their_numbers_when_missing_ones_are_left_out(tables: Path) ->
         (["words.csv"], "words.csv: a holds no numbers"),
         (["holes.csv"], "row 1 of holes.csv has no number in every column (and 0 more)"),
         (["new.csv", "--budget", "1e-6"], "a budget 0.0001 to 1"),
+        (["new.csv", "--error", "a"], "give --reference, not --error"),
+        (["twice.csv"], "twice.csv has more than one column 'a'"),
+        (["twice.csv", "--features", "a"], "twice.csv has more than one column 'a'"),
+        (
+            ["vectors.npz", "--reference", "vectors.npz", "--features", "v"],
+            "a column is an array (rows,), got v (2, 2)",
+        ),
+        (["new.csv", "--reference", "none.parquet"], "the reference has 0 values, a window of 50 needs 200"),
+        (["new.csv", "--reference", "vectors.npz"], "no column in common: vectors.npz has w; new.csv has a, b, word"),
     ],
 )
 def test_what_cannot_be_followed_is_one_line(
@@ -194,6 +203,9 @@ def test_what_cannot_be_followed_is_one_line(
     monkeypatch.chdir(tables)
     pd.DataFrame({"a": ["x"], "b": [1.0]}).to_csv("words.csv", index=False)
     pd.DataFrame({"a": [1.0, np.nan], "b": 1.0}).to_csv("holes.csv", index=False)
+    pd.DataFrame([[1.0, 2.0]], columns=["a", "a"]).to_csv("twice.csv", index=False)
+    pd.DataFrame({"a": [1.0], "b": 1.0}).head(0).to_parquet("none.parquet")
+    np.savez("vectors.npz", v=np.ones((2, 2)), w=np.ones(2))
     assert main(["drift", words[0], "--reference", "old.csv", "--window", "50", *words[1:]]) == 2
     assert said in capsys.readouterr().err
 
@@ -203,3 +215,31 @@ def test_fewer_rows_than_a_window_are_not_called_quiet(tables: Path) -> None:
     how = [str(tables / "few.csv"), "--reference", str(tables / "old.csv"), "--window", "50"]
     assert "not enough data: 20 rows, a window needs 50" in CliRunner().invoke(drift, how).stdout
     assert _said(*how)["notes"]
+
+
+def test_columns_are_those_of_both_files_whatever_their_order(tables: Path) -> None:
+    how = ["--reference", tables / "old.csv", "--window", 100, "--budget", 2e-4]
+    pd.read_csv(tables / "new.csv")[["word", "b", "a"]].to_csv(tables / "turned.csv", index=False)
+    turned, named = _said(tables / "turned.csv", *how), _said(tables / "new.csv", *how, "--features", "a,b")
+    assert turned["features"] == ["a", "b"]
+    assert turned["alarms"] == named["alarms"] != []
+
+
+def test_rows_and_columns_are_those_of_the_file_and_not_of_pandas(tables: Path) -> None:
+    rows = pd.read_csv(tables / "new.csv")[["a", "b"]].set_axis([0, 1], axis=1)
+    pd.concat([rows.tail(200), rows], ignore_index=True).iloc[200:].to_parquet(tables / "later.parquet")
+    rows.set_axis([f"row {i}" for i in range(len(rows))]).to_parquet(tables / "named.parquet")
+    pd.read_csv(tables / "old.csv").set_axis([0, 1], axis=1).to_csv(tables / "numbered.csv", index=False)
+    how = ["--reference", tables / "numbered.csv", "--window", 100, "--budget", 2e-4]
+    for name in ("later.parquet", "named.parquet"):
+        (alarm,) = _said(tables / name, *how)["alarms"]
+        assert 500 <= alarm["index"] < 600
+    names = _said(tables / "named.parquet", "--reference", tables / "named.parquet", "--window", 100)["features"]
+    assert names == ["0", "1"]
+
+
+def test_numbers_whose_squares_are_infinite_are_followed_too(tables: Path) -> None:
+    for name in ("old.csv", "scaled.csv"):
+        (pd.read_csv(tables / name) * 1e200).to_csv(tables / f"large-{name}", index=False)
+    how = [tables / "large-scaled.csv", "--reference", tables / "large-old.csv", "--window", 100]
+    assert _said(*how)["alarms"][0]["index"] == 99

@@ -43,7 +43,7 @@ from rlhf_workbench.monitor.model_calibration import (
     doubtful_pairs,
     watch_model,
 )
-from rlhf_workbench.monitor.slices import calibration_by_slice, human_ceiling, spiegelhalter_z
+from rlhf_workbench.monitor.slices import calibration_by_slice, human_ceiling, slice_names, spiegelhalter_z
 from rlhf_workbench.store.registry import run_once
 from rlhf_workbench.store.tables import Store, connect
 
@@ -451,3 +451,10 @@ def test_the_job_runs_for_the_newest_reward_model(tmp_path: Path, capsys: pytest
     with connect(tmp_path / "s.duckdb", read_only=True) as store:
         assert len(store.records(Calibration)) == 1
         assert [end.status for end in store.records(RunEnd)] == ["done", "done"]
+
+
+def test_slices_of_numbers_that_agree_in_many_digits_stay_apart() -> None:
+    moments = pd.Series(1_700_000_000 + np.arange(200.0))
+    names = slice_names(moments)
+    assert names.value_counts(sort=False).tolist() == [50] * 4
+    assert names.iloc[0] == "1.7e+09 to 1.70000005e+09"

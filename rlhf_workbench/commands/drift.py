@@ -169,14 +169,26 @@ def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed
     return facts, "\n".join([*lines, f"{count}; {facts['n_reference']} rows against {facts['n']}", *facts["notes"]])
 
 # %% ../../nbs/commands/11_drift.ipynb #514f5a4f
-def _numbers(path: Path, names: list[str] | None, skip_missing: bool) -> Any:
-    """Columns of finite numbers of a file, as a table."""
-    import numpy as np
-
+def _two_tables(path: Path, reference: Path, names: list[str] | None) -> tuple[Any, Any]:
+    """Reference and rows with the same columns in the same order: the named ones, or all that both files have."""
     from rlhf_workbench.monitor.stream_files import read_rows
 
-    table = read_rows(path, names)
-    if words := [str(name) for name in table if table[name].dtype.kind not in "iufb"]:
+    old, new = read_rows(reference, names), read_rows(path, names)
+    common = names or [name for name in old if name in new]
+    if not common:
+        has = "; ".join(f"{file.name} has {', '.join(rows)}" for file, rows in ((reference, old), (path, new)))
+        raise InputError(f"the two files have no column in common: {has}; rename them")
+    for file, rows in ((reference, old), (path, new)):
+        if twice := [name for name in common if list(rows).count(name) > 1]:
+            raise InputError(f"{file.name} has more than one column {twice[0]!r}; rename or drop all but one")
+    return old[common], new[common]
+
+
+def _numbers(path: Path, table: Any, skip_missing: bool) -> Any:
+    """The rows of a file's table in which every column is a finite number."""
+    import numpy as np
+
+    if words := [name for name in table if len(table) and table[name].dtype.kind not in "iufb"]:
         raise InputError(f"{path.name}: {', '.join(words)} holds no numbers; name columns of numbers with --features")
     table = table.astype(float)
     bad = ~np.isfinite(table).all(axis=1)
@@ -195,9 +207,11 @@ def _follow(path: Path, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
 
     begin, features, window = time.perf_counter(), options["features"], options["window"]
     names = list(dict.fromkeys(name.strip() for name in features.split(","))) if features else None
-    old = _numbers(Path(existing_file(options["reference"])), names, options["skip_missing"])
-    names = names or [str(name) for name in old]
-    new = _numbers(path, names, options["skip_missing"])
+    files = Path(existing_file(options["reference"])), path
+    tables = zip(files, _two_tables(path, files[0], names), strict=True)
+    old, new = (_numbers(file, table, options["skip_missing"]) for file, table in tables)
+    names, largest = list(old), old.abs().max().where(lambda size: size > 0, 1.0)
+    old, new = old / largest, new / largest  # so that no square of a large number is infinite
     spread = old.std().where(lambda s: s > 0, 1.0)
     reference, values = (((part - old.mean()) / spread).to_numpy() for part in (old, new))
     if len(names) == 1:
@@ -263,6 +277,8 @@ def drift(file: Path, error: str | None, backtest: bool, store: Path, seed: int,
     existing_file(file)
     if backtest and error is None:
         raise InputError("--backtest replays a stream: name its column with --error")
+    if options["window"] and (error is not None or options["reference"] is None):
+        raise InputError("--window follows the rows of a file against those of another: give --reference, not --error")
     if error is not None:
         facts, text = (_backtest if backtest else _watch)(file, error, options | {"seed": seed})
     elif options["reference"] is not None and options["window"]:

@@ -171,7 +171,7 @@ def open_stream(
     seed: int = 0,
 ) -> FeatureStream:
     """A stream with a threshold for a budget; raises `InputError` when the reference is shorter than four windows."""
-    numbers = all(np.ndim(value) == 0 for value in list(reference)[:1])
+    numbers = getattr(reference, "ndim", 1) == 1 and all(np.ndim(value) == 0 for value in reference[:1])
     rows = as_numbers(reference) if numbers else as_vectors(reference)
     if window < 5 or not 1e-4 <= budget < 1:
         raise InputError(f"a window needs 5 values and a budget 0.0001 to 1, got {window} and {budget}")

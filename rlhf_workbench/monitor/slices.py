@@ -8,6 +8,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/monitor/slices.html.md"""
 __all__ = ['spiegelhalter_z', 'slice_names', 'calibration_by_slice', 'human_ceiling', 'plot_slices']
 
 # %% ../../nbs/monitor/16_slices.ipynb #ac70c95b
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -51,11 +52,20 @@ def slice_names(
     if not pd.api.types.is_numeric_dtype(values) or values.nunique() <= parts:
         return values.astype(object).where(values.notna())
     cut = pd.qcut(values, parts, duplicates="drop")
-    names = {c: f"{c.left:.4g} to {c.right:.4g}" for c in cut.cat.categories}
-    lowest = cut.cat.categories[0]  # pandas draws its left border a little to the left
-    names[lowest] = f"{values.min():.4g} to {lowest.right:.4g}"
-    in_order = pd.CategoricalDtype(list(dict.fromkeys(names.values())), ordered=True)
-    return cut.astype(object).map(names).astype(in_order)
+    ranges = cut.cat.categories
+    names = _range_names([values.min(), *ranges.right])  # pandas draws the left border a little to the left
+    return (
+        cut.astype(object).map(dict(zip(ranges, names, strict=True))).astype(pd.CategoricalDtype(names, ordered=True))
+    )
+
+
+def _range_names(borders: Sequence[float]) -> list[str]:
+    """A name for each range between two borders, with as many digits as tell them apart."""
+    for digits in range(4, 18):
+        shown = [f"{border:.{digits}g}" for border in borders]
+        if len(set(shown)) == len(shown):
+            break
+    return [f"{left} to {right}" for left, right in itertools.pairwise(shown)]
 
 
 def calibration_by_slice(

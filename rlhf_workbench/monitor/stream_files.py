@@ -8,6 +8,7 @@ Docs: https://OWNER.github.io/rlhf_workbench/monitor/stream_files.html.md"""
 __all__ = ['read_rows', 'column_names', 'FileStream', 'read_stream']
 
 # %% ../../nbs/monitor/28_stream_files.ipynb #43370deb
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .likelihood import Floats
 
 # %% ../../nbs/monitor/28_stream_files.ipynb #fd08860b
 _SUFFIXES = ".csv, .parquet, .jsonl or .npz"
+_PANDAS_INDEX = re.compile(r"__index_level_\d+__$")  # how pandas writes row names that have no name
 
 
 def _read_arrow(path: Path, columns: list[str] | None) -> pa.Table:
@@ -39,7 +41,12 @@ def _read_arrow(path: Path, columns: list[str] | None) -> pa.Table:
 
         return pj.read_json(path)
     with np.load(path, allow_pickle=False) as arrays:
-        return pa.table({name: arrays[name] for name in columns or arrays.files if arrays[name].ndim == 1})
+        found = {name: arrays[name] for name in columns or arrays.files}
+    if columns and (odd := [f"{name} {values.shape}" for name, values in found.items() if values.ndim != 1]):
+        raise InputError(
+            f"{path.name}: a column is an array (rows,), got {', '.join(odd)}; write each as its own array"
+        )
+    return pa.table({name: values for name, values in found.items() if values.ndim == 1})
 
 
 def read_rows(
@@ -53,8 +60,13 @@ def read_rows(
         known = column_names(path)
         if missing := [name for name in columns or [] if name not in known]:
             raise InputError(f"{path.name} has no column {', '.join(missing)}; it has {', '.join(known)}")
+        if twice := [name for name in columns or [] if known.count(name) > 1]:
+            raise InputError(f"{path.name} has more than one column {twice[0]!r}; rename or drop all but one")
         table = _read_arrow(path, columns)
-        rows: pd.DataFrame = (table.select(columns) if columns else table).to_pandas()
+        table = table.select(columns) if columns else table.drop_columns([*filter(_PANDAS_INDEX.match, known)])
+        rows: pd.DataFrame = table.to_pandas(
+            ignore_metadata=True
+        )  # rows are counted from 0, whatever pandas called them
         return rows
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, InputError):
