@@ -525,3 +525,58 @@ def test_a_lock_deleted_beside_a_living_owner_is_no_invitation(tmp_path: Path) -
         assert [p.text for p in store.records(Prompt)] == ["joined"]
         assert not spilled.exists()
         assert not part.exists()
+
+
+def test_a_link_leads_to_the_same_store_its_owner_and_its_files(tmp_path: Path) -> None:
+    path, link = tmp_path / "s.duckdb", tmp_path / "elsewhere" / "link.duckdb"
+    connect(path).close()
+    link.parent.mkdir()
+    link.symlink_to(path)
+    with holder(link):
+        for way in (path, link):
+            with connect(way) as store:
+                assert isinstance(store.backend._found, RemoteBackend)  # type: ignore[attr-defined]
+                store.append(Prompt(text="x"))
+                assert store.files() == tmp_path / "s.files"
+    with connect(link, read_only=True) as store:
+        assert store.counts() == {"prompt": 2}
+    assert list(link.parent.iterdir()) == [link]
+
+
+ENDS_WHILE_ASKED = """
+import sys
+from rlhf_workbench.store.tables import connect
+store = connect(sys.argv[1])
+print("open", flush=True)
+sys.stdin.readline()
+store.close()
+"""
+
+
+def test_an_owner_that_ends_while_others_ask_ends_in_peace_and_they_ask_the_next(tmp_path: Path) -> None:
+    path, over, found = tmp_path / "s.duckdb", threading.Event(), []
+    with connect(path) as store, store.transaction():
+        for i in range(2000):
+            store.append(Prompt(text=str(i)))
+    process = subprocess.Popen([sys.executable, "-c", ENDS_WHILE_ASKED, str(path)], stdin=-1, stdout=-1, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "open\n"
+
+    def ask() -> None:
+        while not over.is_set():
+            found.append(joined.verify().is_intact)
+
+    with connect(path) as joined:
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)
+        process.communicate("\n", timeout=30)
+        over.set()
+        for thread in threads:
+            thread.join(timeout=30)
+        assert process.returncode == 0, "a thread was in the database when Python ended"
+        assert joined.verify().is_intact
+        assert joined.backend.owner is not None  # type: ignore[attr-defined]
+    assert len(found) >= 3
+    assert all(found)

@@ -99,7 +99,7 @@ def _as_it_is(store: Path, wanted: str | None) -> tuple["AuditReport", bool]:
     from rlhf_workbench.store.audit import read_head, verify
     from rlhf_workbench.store.encryption import find_key, open_database
 
-    file = store.absolute()
+    file = store.resolve()
     con = open_database(file, find_key(file), read_only=True)
     try:
         report = verify(con, read_head(file))

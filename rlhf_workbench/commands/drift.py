@@ -174,9 +174,11 @@ def _two_tables(path: Path, reference: Path, names: list[str] | None) -> tuple[A
     from rlhf_workbench.monitor.stream_files import read_rows
 
     old, new = read_rows(reference, names), read_rows(path, names)
-    common = names or [name for name in old if name in new]
+    common = names or [str(name) for name in old if name in new]
     if not common:
-        has = "; ".join(f"{file.name} has {', '.join(rows)}" for file, rows in ((reference, old), (path, new)))
+        has = "; ".join(
+            f"{file.name} has {', '.join(map(str, rows))}" for file, rows in ((reference, old), (path, new))
+        )
         raise InputError(f"the two files have no column in common: {has}; rename them")
     for file, rows in ((reference, old), (path, new)):
         if twice := [name for name in common if list(rows).count(name) > 1]:

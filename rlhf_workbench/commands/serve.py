@@ -102,7 +102,7 @@ def own_store(
     store = connect(path)
     backend = store.backend
     if isinstance(backend, FileBackend) and backend.owner is None:
-        note = read_owner(path.absolute(), find_key(path))
+        note = read_owner(path.resolve(), find_key(path))
         who = f"process {note.pid}" if note else "another process"
         store.close()
         raise StateError(f"{path} is in use by {who}; stop it, then serve; started again, it joins the service")

@@ -52,7 +52,7 @@ def slice_names(
     if not pd.api.types.is_numeric_dtype(values) or values.nunique() <= parts:
         return values.astype(object).where(values.notna())
     cut = pd.qcut(values, parts, duplicates="drop")
-    ranges = cut.cat.categories
+    ranges = pd.IntervalIndex(list(cut.cat.categories))
     names = _range_names([values.min(), *ranges.right])  # pandas draws the left border a little to the left
     return (
         cut.astype(object).map(dict(zip(ranges, names, strict=True))).astype(pd.CategoricalDtype(names, ordered=True))

@@ -192,7 +192,7 @@ def examine(
     port: int = 5006,  # where the service would listen
 ) -> list[Finding]:  # problems first, then warnings
     """Look at everything; nothing is changed."""
-    file = Path(store)
+    file = Path(store).resolve() if Path(store).is_symlink() else Path(store)
     checks: list[tuple[str, Callable[[], Finding | Sequence[Finding]]]] = [
         *(("python", check_python), ("versions", check_versions), ("extensions", check_extensions)),
         *(("extras", check_extras), ("copies", check_copies), ("plugins", check_plugins), ("cache", check_cache)),

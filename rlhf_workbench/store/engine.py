@@ -90,6 +90,7 @@ class Engine:
         self._broken: BaseException | None = None  # why the file could not be opened again
         self._head: tuple[int, str] | None = None
         self._readers: list[duckdb.DuckDBPyConnection] = []
+        self._running: set[duckdb.DuckDBPyConnection] = set()  # that somebody reads with
         self._statements: dict[str, Any] = {}  # SQL → parsed; as many as tables times few rows
         self._watchers: list[Callable[[Told], None]] = []
         self._recent: deque[Change] = deque(maxlen=_MOST_RECENT)  # the last changes, also those not yet committed
@@ -112,7 +113,8 @@ class Engine:
         if self.is_inside:
             if self._group:
                 self._flush(self._group)
-            yield self._con
+            with self._noted(self._con):
+                yield self._con
             return
         if self._broken or self.is_closed:
             with self._turn_taken():  # opens again, or says why not
@@ -122,7 +124,8 @@ class Engine:
         except IndexError:
             cursor = self._con.cursor()
         try:
-            yield cursor
+            with self._noted(cursor):
+                yield cursor
         finally:
             if self.is_closed or len(self._readers) > 8:
                 cursor.close()
@@ -172,9 +175,29 @@ class Engine:
         with contextlib.nullcontext() if self.is_inside else self._turn_taken():  # nothing half done
             cursor = self._con.cursor()
         try:
-            yield cursor
+            with self._noted(cursor):
+                yield cursor
         finally:
             cursor.close()
+
+    @contextmanager
+    def _noted(self, cursor: duckdb.DuckDBPyConnection) -> Iterator[None]:
+        """Be known as somebody who reads; what a closed store interrupts says so."""
+        self._running.add(cursor)
+        try:
+            yield
+        except duckdb.Error as error:
+            if self.is_closed:
+                raise StateError(f"the store {self.path or 'in memory'} is closed; connect again") from error
+            raise
+        finally:
+            self._running.discard(cursor)
+
+    def interrupt(self) -> None:
+        """End the queries that run."""
+        for con in list(self._running):
+            with contextlib.suppress(duckdb.Error):
+                con.interrupt()
 
     # -- writing
 

@@ -8,7 +8,6 @@ Docs: https://OWNER.github.io/rlhf_workbench/store/looking.html.md"""
 __all__ = ['lock_file', 'is_locked', 'LookingEngine', 'LookingBackend', 'Look']
 
 # %% ../../nbs/store/20_looking.ipynb #71ec65ea
-import contextlib
 import os
 import tempfile
 import threading
@@ -17,8 +16,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
-
-import duckdb
 
 from ..core.errors import StateError
 from .backend import EngineBackend
@@ -63,7 +60,6 @@ class LookingEngine(Engine):
 
     def __init__(self, path: Path, key: str | None):
         self._gate, self._n_inside = threading.Condition(), 0
-        self._running: set[Any] = set()  # connections with a query of somebody
         self.is_leaving, self._is_urgent = False, False
         self._spill = tempfile.TemporaryDirectory(prefix="rlhfw-")
         try:
@@ -102,11 +98,7 @@ class LookingEngine(Engine):
         with self._counted():
             try:
                 with opened as con:
-                    self._running.add(con)
-                    try:
-                        yield con
-                    finally:
-                        self._running.discard(con)
+                    yield con
             except Exception as error:
                 if self._is_urgent:
                     raise OwnerGone(_GONE) from error
@@ -145,18 +137,12 @@ class LookingEngine(Engine):
             self._gate.wait_for(lambda: not self._n_inside, _GRACE_S)
             self._is_urgent, deadline = True, time.monotonic() + patience_s
             while self._n_inside and time.monotonic() < deadline:
-                self._interrupt()
+                self.interrupt()
                 self._gate.wait(0.02)
             is_free = not self._n_inside
         if is_free:
             self.close()
         return is_free
-
-    def _interrupt(self) -> None:
-        """End what runs."""
-        for con in list(self._running):
-            with contextlib.suppress(duckdb.Error):
-                con.interrupt()
 
     def close(self) -> None:
         """Let go of the file."""

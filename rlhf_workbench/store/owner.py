@@ -17,6 +17,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -91,6 +92,7 @@ def write_owner(path: Path, note: OwnerNote, key: str | None = None) -> None:
 
 # %% ../../nbs/store/20_owner.ipynb #b9e13143
 _LARGEST = 4 << 30  # bytes of one message
+_GRACE_S = 0.5  # for an answer that is under way when the store is closed
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -114,7 +116,8 @@ class _Handler(BaseHTTPRequestHandler):
         if len(body) < int(length):
             self.close_connection = True
             return None
-        return self._reply(*self.server.desk.answer(self.path.strip("/"), body, Caller(line=self)))
+        with self.server.answering():
+            return self._reply(*self.server.desk.answer(self.path.strip("/"), body, Caller(line=self)))
 
     def finish(self) -> None:
         """The connection ended."""
@@ -145,6 +148,7 @@ class _Door(ThreadingHTTPServer):
     def __init__(self, desk: Desk):
         self.desk, self.token = desk, secrets.token_urlsafe(32)
         self._connections: set[Any] = set()
+        self._gate, self._n_answering = threading.Condition(), 0
         super().__init__(("127.0.0.1", 0), _Handler)
         threading.Thread(target=self.serve_forever, args=[0.05], daemon=True, name="rlhfw-owner").start()
 
@@ -158,6 +162,30 @@ class _Door(ThreadingHTTPServer):
         """Forget a connection that ended."""
         self._connections.discard(request)
         super().shutdown_request(request)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Be at an answer."""
+        with self._gate:
+            self._n_answering += 1
+        try:
+            yield
+        finally:
+            with self._gate:
+                self._n_answering -= 1
+                self._gate.notify_all()
+
+    def end_answers(
+        self,
+        interrupt: Callable[[], None],  # ends the queries that run
+    ) -> None:
+        """Let answers be finished, or interrupt them: a thread that is in the database when Python ends aborts the process."""
+        with self._gate:
+            is_idle = self._gate.wait_for(lambda: not self._n_answering, _GRACE_S)
+            deadline = time.monotonic() + _PATIENCE_S
+            while not is_idle and time.monotonic() < deadline:
+                interrupt()
+                is_idle = self._gate.wait_for(lambda: not self._n_answering, 0.02)
 
     def close(self) -> None:
         """Stop listening and end every connection, so that those who joined look for the next owner."""
@@ -235,6 +263,7 @@ class Ownership:
         self._stop.set()
         self._desk.close()
         self.engine.close()
+        self._door.end_answers(self.engine.interrupt)
         self._door.close()
         with contextlib.suppress(OSError):
             owner_file(self.path).unlink()

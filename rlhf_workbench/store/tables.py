@@ -244,7 +244,7 @@ def connect(
         raise InputError(f"a token is for a server, and {path} is a file; write the address as http://host:port")
     if str(path) == ":memory:":
         return Store(EngineBackend(Engine(_in_memory)), actor)
-    file = Path(path).absolute()
+    file = Path(path).resolve()  # one store has one lock and one folder of files, whatever link leads to it
     if read_only:
         existing_store(path)
     if not file.parent.is_dir():
