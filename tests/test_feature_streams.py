@@ -231,11 +231,13 @@ def test_rows_and_columns_are_those_of_the_file_and_not_of_pandas(tables: Path) 
     rows.set_axis([f"row {i}" for i in range(len(rows))]).to_parquet(tables / "named.parquet")
     pd.read_csv(tables / "old.csv").set_axis([0, 1], axis=1).to_csv(tables / "numbered.csv", index=False)
     how = ["--reference", tables / "numbered.csv", "--window", 100, "--budget", 2e-4]
-    for name in ("later.parquet", "named.parquet"):
+    days = pd.date_range("2026-01-01", periods=len(rows), name="day")
+    rows.set_axis(days).to_parquet(tables / "dated.parquet")
+    for name in ("later.parquet", "named.parquet", "dated.parquet"):
         (alarm,) = _said(tables / name, *how)["alarms"]
         assert 500 <= alarm["index"] < 600
-    names = _said(tables / "named.parquet", "--reference", tables / "named.parquet", "--window", 100)["features"]
-    assert names == ["0", "1"]
+    for name in ("named.parquet", "dated.parquet"):
+        assert _said(tables / name, "--reference", tables / name, "--window", 100)["features"] == ["0", "1"]
 
 
 def test_numbers_whose_squares_are_infinite_are_followed_too(tables: Path) -> None:

@@ -8,7 +8,6 @@ Docs: https://OWNER.github.io/rlhf_workbench/monitor/stream_files.html.md"""
 __all__ = ['read_rows', 'column_names', 'FileStream', 'read_stream']
 
 # %% ../../nbs/monitor/28_stream_files.ipynb #43370deb
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from .likelihood import Floats
 
 # %% ../../nbs/monitor/28_stream_files.ipynb #fd08860b
 _SUFFIXES = ".csv, .parquet, .jsonl or .npz"
-_PANDAS_INDEX = re.compile(r"__index_level_\d+__$")  # how pandas writes row names that have no name
 
 
 def _read_arrow(path: Path, columns: list[str] | None) -> pa.Table:
@@ -49,6 +47,12 @@ def _read_arrow(path: Path, columns: list[str] | None) -> pa.Table:
     return pa.table({name: values for name, values in found.items() if values.ndim == 1})
 
 
+def _row_names(table: pa.Table) -> list[str]:
+    """Columns in which pandas wrote the names of the rows."""
+    index = (table.schema.pandas_metadata or {}).get("index_columns", [])
+    return [name for name in index if isinstance(name, str) and name in table.column_names]
+
+
 def read_rows(
     path: Path,
     columns: list[str] | None = None,  # None: all
@@ -63,7 +67,7 @@ def read_rows(
         if twice := [name for name in columns or [] if known.count(name) > 1]:
             raise InputError(f"{path.name} has more than one column {twice[0]!r}; rename or drop all but one")
         table = _read_arrow(path, columns)
-        table = table.select(columns) if columns else table.drop_columns([*filter(_PANDAS_INDEX.match, known)])
+        table = table.select(columns) if columns else table.drop_columns(_row_names(table))
         rows: pd.DataFrame = table.to_pandas(
             ignore_metadata=True
         )  # rows are counted from 0, whatever pandas called them
