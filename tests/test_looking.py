@@ -1,5 +1,6 @@
 """`connect(path, read_only=True)`: nothing on the disk changes, and whoever wants to write need not wait."""
 
+import ctypes
 import hashlib
 import os
 import subprocess
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
@@ -16,6 +18,7 @@ from filelock import FileLock
 
 from rlhf_workbench.core.errors import StateError
 from rlhf_workbench.core.schema import Prompt
+from rlhf_workbench.store.encryption import open_database
 from rlhf_workbench.store.looking import Look, is_locked, lock_file
 from rlhf_workbench.store.owner import Ownership
 from rlhf_workbench.store.remote import RemoteBackend
@@ -63,16 +66,19 @@ def state(folder: Path) -> dict[str, tuple[str, int, int]]:
     }
 
 
-def look(path: Path, rest: float = 0.0, user: int | None = None) -> str:
-    """Read in a process of its own, perhaps as a user who owns nothing; so all is imported before."""
-    program = "import os\nimport pandas, pyarrow.compute\nfrom rlhf_workbench.store.tables import connect\n"
-    program += "with connect(':memory:') as s:\n    s.verify(); s.sql('SELECT 1')\n"
-    if os.environ.get("RLHFW_STORE_KEY"):
-        program += "import rlhf_workbench.core.sealing as s, cryptography.hazmat.primitives.kdf.hkdf; s.unseal\n"
-    if user is not None:
-        program += f"os.setgroups([]); os.setgid({user}); os.setuid({user})\n"
+def give_up_rights() -> None:
+    """From the next program on, root reads and writes only what its owner allows: PR_CAPBSET_DROP of prctl(2)."""
+    library = ctypes.CDLL(None, use_errno=True)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        assert library.prctl(24, capability, 0, 0, 0) == 0
+
+
+def look(path: Path, rest: float = 0.0, without_rights: bool = False) -> str:
+    """Read in a process of its own."""
+    program = "from rlhf_workbench.store.tables import connect\n"
     program += READ.format(path=str(path), folder=str(path.parent), rest=rest)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    how: dict[str, Any] = {"preexec_fn": give_up_rights} if without_rights else {}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, **how)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -101,7 +107,9 @@ def test_looking_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert (store.counts(), store.verify().is_intact) == ({"prompt": 51}, True)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+@pytest.mark.skipif(
+    os.geteuid() != 0 or sys.platform != "linux", reason="only root on Linux can give a folder away and up its rights"
+)
 @pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
 def test_a_folder_of_somebody_else_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
@@ -110,13 +118,19 @@ def test_a_folder_of_somebody_else_is_looked_at(
         monkeypatch.setenv("RLHFW_STORE_KEY", key)
     path = tmp_path / "s.duckdb"
     subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=60)
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(0o755)
-    for file in tmp_path.glob("s.duckdb*"):
-        file.chmod(0o444)
-    before = state(tmp_path)
-    assert look(path, user=65534) == "{'prompt': 50} True 50 1 models\nFalse\n"
-    assert state(tmp_path) == before
+    for file in (tmp_path, *tmp_path.glob("s.duckdb*")):
+        os.chown(file, 65534, 65534)
+        file.chmod(0o755 if file.is_dir() else 0o444)
+    try:
+        before = state(tmp_path)
+        assert look(path, without_rights=True) == "{'prompt': 50} True 50 1 models\nFalse\n"
+        assert state(tmp_path) == before
+        write = f"open({str(tmp_path / 'new')!r}, 'w')"
+        tried = subprocess.run([sys.executable, "-c", write], preexec_fn=give_up_rights, check=False, stderr=-3)
+        assert tried.returncode == 1, "the folder could be written to"
+    finally:
+        for file in (tmp_path, *tmp_path.glob("*")):
+            os.chown(file, 0, 0)
 
 
 def test_a_tampered_store_is_found_by_looking(tmp_path: Path) -> None:
@@ -239,6 +253,17 @@ def test_a_transaction_of_a_reader_is_waited_for_and_then_ended(path: Path) -> N
                 time.sleep(1.0)
                 reader.counts()
         assert reader.counts() == {"prompt": 1}
+
+
+def test_a_file_that_this_process_is_about_to_close_is_waited_for(path: Path) -> None:
+    writer = duckdb.connect(str(path))
+    with pytest.raises(StateError, match=rf"this process \(PID {os.getpid()}\) has .* open; close it first"):
+        open_database(path, read_only=True, patience_s=0.1)
+    later = threading.Timer(0.3, writer.close)
+    later.start()
+    with open_database(path, read_only=True, patience_s=30) as con:
+        assert con.execute("SELECT count(*) FROM prompt").fetchall() == [(1,)]
+    later.join()
 
 
 ENDLESS = """

@@ -182,6 +182,9 @@ def _open(path: Path, key: Key | None, read_only: bool, spill: Path) -> Any:
         raise
 
 
+_BEING_CLOSED = "different configuration"  # for a moment after another thread of this process let go of the file
+
+
 def _translate(path: Path, said: str, key: Key | None) -> WorkbenchError | None:
     """DuckDB's complaint in our words; None: the file is busy, and may soon be free."""
     if "without a key" in said:
@@ -191,7 +194,7 @@ def _translate(path: Path, said: str, key: Key | None) -> WorkbenchError | None:
     if "Wrong encryption key" in said:
         source = getattr(key, "source", "what was given")
         return StateError(f"{path} was encrypted with another key than that of {source}; give the right one there")
-    if "file handle conflict" in said:
+    if "file handle conflict" in said or _BEING_CLOSED in said:
         return StateError(f"this process (PID {os.getpid()}) has {path} open; close it first")
     if "not a valid DuckDB" in said or "Is a directory" in said:
         return StateError(f"cannot open {path}: it is something else than a store; name a store's file")
@@ -219,9 +222,10 @@ def open_database(
             break
         except duckdb.Error as error:
             said = str(error).splitlines()[0]
-        if translated := _translate(path, said, key):
+        is_late = time.monotonic() > deadline
+        if (translated := _translate(path, said, key)) and (is_late or _BEING_CLOSED not in said):
             raise translated
-        if time.monotonic() > deadline:
+        if is_late:
             holder = re.search(r"PID (\d+)", said)
             who = f"process {holder[1]}" if holder else "another process"
             raise BusyError(f"{who} is writing to {path}; close it, or wait until it ends")
