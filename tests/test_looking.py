@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -152,6 +152,8 @@ WRITER = """
 import sys
 from rlhf_workbench.core.schema import Prompt
 from rlhf_workbench.store.tables import connect
+print("ready", flush=True)
+sys.stdin.readline()
 with connect(sys.argv[1]) as store:
     store.append(Prompt(text="written"))
     print(store.backend.owner is not None, flush=True)
@@ -160,15 +162,30 @@ with connect(sys.argv[1]) as store:
 
 
 @contextmanager
-def writer(path: Path) -> Iterator[None]:
-    """Another process that opened the store for writing, and wrote."""
+def waiting_writer(path: Path) -> Iterator[Callable[[], None]]:
+    """Another process that, when it is told to, opens the store for writing and writes."""
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdin=-1, stdout=-1, text=True)
-    try:
-        assert process.stdout
+    assert process.stdin
+    assert process.stdout
+
+    def write() -> None:
+        process.stdin.write("\n")
+        process.stdin.flush()
         assert process.stdout.readline() == "True\n"
-        yield
+
+    try:
+        assert process.stdout.readline() == "ready\n"
+        yield write
     finally:
         process.communicate("", timeout=30)
+
+
+@contextmanager
+def writer(path: Path) -> Iterator[None]:
+    """Another process that opened the store for writing, and wrote."""
+    with waiting_writer(path) as write:
+        write()
+        yield
 
 
 @pytest.fixture
@@ -232,16 +249,15 @@ def test_a_long_query_is_interrupted_and_done_again_by_the_owner(path: Path) -> 
         except Exception as error:
             found.append(error)
 
-    with connect(path, read_only=True) as reader:
+    with connect(path, read_only=True) as reader, waiting_writer(path) as write:
         thread = threading.Thread(target=ask)
         thread.start()
         time.sleep(0.3)
-        started = time.monotonic()
-        with writer(path):
-            assert time.monotonic() - started < 5.5  # before the query's own time was over
-            assert where(reader) in (Look, RemoteBackend)
-            thread.join(timeout=30)
-            assert where(reader) is RemoteBackend
+        write()
+        assert thread.is_alive(), "the end of the query was not waited for"
+        assert where(reader) in (Look, RemoteBackend)
+        thread.join(timeout=30)
+        assert where(reader) is RemoteBackend
         assert [str(error) for error in found] == ["the query took longer than 6 s; narrow it, or raise timeout_s"]
 
 
