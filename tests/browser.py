@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from rlhf_workbench.core.schema import Comparison, Generation, Prompt
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium: pip install 'rlhf_workbench[dev]'")
 
@@ -27,6 +29,16 @@ NEEDS_BROWSER = [
     pytest.mark.server,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs a browser: apt-get install chromium chromium-driver"),
 ]
+
+
+def asked(questions: Sequence[str]) -> list[Any]:  # a prompt, two answers and their comparison each
+    """Pairs of answers that a page can show."""
+    rows: list[Any] = []
+    for i, question in enumerate(questions):
+        prompt = Prompt(text=question)
+        first, second = (Generation(prompt_id=prompt.id, text=f"answer {i} {x}") for x in "ab")
+        rows += [prompt, first, second, Comparison(prompt_id=prompt.id, first_id=first.id, second_id=second.id)]
+    return rows
 
 
 @contextmanager

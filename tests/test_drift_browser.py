@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +11,9 @@ pytest.importorskip("panel", reason="needs the extra apps: pip install 'rlhf_wor
 pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
 pytest.importorskip("frouros", reason="needs the extra monitor: pip install 'rlhf_workbench[monitor]'")
 
-from browser import NEEDS_BROWSER, Page, choose, drag, mouse, press, served, window_of
+from browser import NEEDS_BROWSER, Page, asked, choose, drag, mouse, press, served, window_of
 
-from rlhf_workbench.core.schema import Comparison, Generation, Mistake, MistakePattern, Observation, Prompt
+from rlhf_workbench.core.schema import Comparison, Mistake, MistakePattern, Observation
 from rlhf_workbench.store.tables import connect
 
 pytestmark = NEEDS_BROWSER
@@ -28,11 +27,7 @@ def store_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stream of errors whose rate and subject change, and one of scores."""
     path, rng = tmp_path_factory.mktemp("store") / "live.duckdb", np.random.default_rng(0)
     with connect(path) as store:
-        rows: list[Any] = []
-        for i in range(40):
-            prompt = Prompt(text=f"{'sea' if i < 20 else ATTACK} question {i}")
-            first, second = (Generation(prompt_id=prompt.id, text=f"answer {i} {x}") for x in "ab")
-            rows += [prompt, first, second, Comparison(prompt_id=prompt.id, first_id=first.id, second_id=second.id)]
+        rows = asked([f"{'sea' if i < 20 else ATTACK} question {i}" for i in range(40)])
         ids = [row.id for row in rows if isinstance(row, Comparison)]
         about = {"model_id": "m", "p_first": 0.9, "first_is_better": 0, "kind": "wrong", "surprise": 2.3}
         mistake = Mistake(comparison_id=ids[0], **about)

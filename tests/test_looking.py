@@ -54,6 +54,13 @@ store.close()
 """
 
 
+@pytest.fixture(params=[None, KEY], ids=["plain", "encrypted"])
+def key(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a key, and with one where the store looks for it."""
+    if request.param:
+        monkeypatch.setenv("RLHFW_STORE_KEY", request.param)
+
+
 def state(folder: Path) -> dict[str, tuple[str, int, int]]:
     """What lies in a folder: hash, mode and moment of the last change of each file."""
     return {
@@ -83,11 +90,9 @@ def look(path: Path, rest: float = 0.0, without_rights: bool = False) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
 @pytest.mark.parametrize("end", ["closed", "killed"])
-def test_looking_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, end: str) -> None:
-    if key:
-        monkeypatch.setenv("RLHFW_STORE_KEY", key)
+@pytest.mark.usefixtures("key")
+def test_looking_changes_no_byte(tmp_path: Path, end: str) -> None:
     path = tmp_path / "s.duckdb"
     subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=60)
     if end == "closed":
@@ -110,12 +115,8 @@ def test_looking_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.skipif(
     os.geteuid() != 0 or sys.platform != "linux", reason="only root on Linux can give a folder away and up its rights"
 )
-@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
-def test_a_folder_of_somebody_else_is_looked_at(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
-) -> None:
-    if key:
-        monkeypatch.setenv("RLHFW_STORE_KEY", key)
+@pytest.mark.usefixtures("key")
+def test_a_folder_of_somebody_else_is_looked_at(tmp_path: Path) -> None:
     path = tmp_path / "s.duckdb"
     subprocess.run([sys.executable, "-c", KILLED, str(path)], check=False, timeout=60)
     for file in (tmp_path, *tmp_path.glob("s.duckdb*")):
@@ -201,12 +202,8 @@ def where(store: Store) -> type:
     return type(store.backend._found)  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("key", [None, KEY], ids=["plain", "encrypted"])
-def test_a_reader_makes_room_for_a_writer_and_follows_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None
-) -> None:
-    if key:
-        monkeypatch.setenv("RLHFW_STORE_KEY", key)
+@pytest.mark.usefixtures("key")
+def test_a_reader_makes_room_for_a_writer_and_follows_it(tmp_path: Path) -> None:
     path = tmp_path / "s.duckdb"
     connect(path).close()
     told: list[object] = []

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,9 +12,9 @@ pytest.importorskip("panel", reason="needs the extra apps: pip install 'rlhf_wor
 pytest.importorskip("bokeh_fastapi", reason="needs the extra serve: pip install 'rlhf_workbench[serve]'")
 pytest.importorskip("frouros", reason="needs the extra monitor: pip install 'rlhf_workbench[monitor]'")
 
-from browser import NEEDS_BROWSER, Page, choose, columns, drag, outside, press, served, window_of
+from browser import NEEDS_BROWSER, Page, asked, choose, columns, drag, outside, press, served, window_of
 
-from rlhf_workbench.core.schema import Comparison, Generation, Mistake, MistakePattern, Observation, Prompt
+from rlhf_workbench.core.schema import Comparison, Mistake, MistakePattern, Observation
 from rlhf_workbench.store.tables import connect
 
 pytestmark = NEEDS_BROWSER
@@ -33,11 +32,7 @@ CASE = _RNG.integers(0, 20, N) + 20 * LATE  # what each value is about: cooking,
 def link(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     path = tmp_path_factory.mktemp("store") / "live.duckdb"
     with connect(path) as store:
-        rows: list[Any] = []
-        for i in range(40):
-            prompt = Prompt(text=f"{'cooking' if i < 20 else 'law'} question {i}")
-            first, second = (Generation(prompt_id=prompt.id, text=f"answer {i} {x}") for x in "ab")
-            rows += [prompt, first, second, Comparison(prompt_id=prompt.id, first_id=first.id, second_id=second.id)]
+        rows = asked([f"{'cooking' if i < 20 else 'law'} question {i}" for i in range(40)])
         ids = [row.id for row in rows if isinstance(row, Comparison)]
         about = {"model_id": "m", "p_first": 0.9, "first_is_better": 0, "kind": "wrong", "surprise": 2.3}
         mistakes = [Mistake(comparison_id=one, **about) for one in ids[20:]]

@@ -81,6 +81,10 @@ def _alarm(change: Any, stream: Any, kind: str) -> dict[str, Any]:
     return asdict(change) | rows | {"detectors": list(change.detectors), "improvement": is_improvement}
 
 
+def _count_alarms(facts: dict[str, Any]) -> str:
+    return "1 alarm" if len(facts["alarms"]) == 1 else f"{len(facts['alarms'])} alarms"
+
+
 def _in_words(facts: dict[str, Any]) -> str:
     """The alarms, one a line."""
     lines = []
@@ -96,8 +100,7 @@ def _in_words(facts: dict[str, Any]) -> str:
     most = "at most " if facts["is_most"] else ""
     promise = "" if expected is None else f", {most}{expected:.2g} false ones expected"
     what = "errors (0 and 1)" if facts["kind"] == "errors" else "scores"
-    fired = "1 alarm" if len(facts["alarms"]) == 1 else f"{len(facts['alarms'])} alarms"
-    lines.append(f"{fired} in {facts['n']} {what}{promise}; {facts['seconds']} s")
+    lines.append(f"{_count_alarms(facts)} in {facts['n']} {what}{promise}; {facts['seconds']} s")
     return "\n".join([*lines, *facts["notes"]])
 
 # %% ../../nbs/commands/11_drift.ipynb #d1f9f0a1
@@ -147,13 +150,18 @@ def _backtest_in_words(facts: dict[str, Any]) -> str:
     return "\n".join([*lines, f"{facts['n']} {facts['kind']}; {facts['seconds']} s", *facts["notes"]])
 
 # %% ../../nbs/commands/11_drift.ipynb #7ef3bef9
+def _named(features: str | None) -> list[str] | None:
+    """The columns that are named, each once; None: none are."""
+    return list(dict.fromkeys(name.strip() for name in features.split(","))) if features else None
+
+
 def _compare(path: Path, reference: Path, features: str | None, fdr: float, seed: int) -> tuple[dict[str, Any], str]:
     """The facts about two tables, and the same in words."""
     from rlhf_workbench.monitor.stream_files import read_rows
     from rlhf_workbench.monitor.table_drift import compare_tables
 
     begin = time.perf_counter()
-    names = list(dict.fromkeys(name.strip() for name in features.split(","))) if features else None
+    names = _named(features)
     old, new = (read_rows(Path(existing_file(file)), names) for file in (reference, path))
     facts = compare_tables(old, new, features=names, fdr=fdr, seed=seed).to_json()
     facts["seconds"] = round(time.perf_counter() - begin, 3)
@@ -208,7 +216,7 @@ def _follow(path: Path, options: dict[str, Any]) -> tuple[dict[str, Any], str]:
     from rlhf_workbench.monitor.feature_streams import follow_values, open_stream
 
     begin, features, window = time.perf_counter(), options["features"], options["window"]
-    names = list(dict.fromkeys(name.strip() for name in features.split(","))) if features else None
+    names = _named(features)
     files = Path(existing_file(options["reference"])), path
     tables = zip(files, _two_tables(path, files[0], names), strict=True)
     old, new = (_numbers(file, table, options["skip_missing"]) for file, table in tables)
@@ -247,10 +255,9 @@ def _follow_in_words(facts: dict[str, Any]) -> str:
         + (f"; still so at row {one['until']}" if one["until"] > one["index"] else "")
         for one in facts["alarms"]
     ]
-    count = "1 alarm" if len(lines) == 1 else f"{len(lines)} alarms"
     how = f"{facts['test']}, windows of {facts['window']}"
     most = f"at most {facts['expected_false_alarms']:.2g} false ones expected"
-    lines.append(f"{count} in {facts['n']} rows ({how}), {most}; {facts['seconds']} s")
+    lines.append(f"{_count_alarms(facts)} in {facts['n']} rows ({how}), {most}; {facts['seconds']} s")
     return "\n".join([*lines, *facts["notes"]])
 
 # %% ../../nbs/commands/11_drift.ipynb #107d7d37

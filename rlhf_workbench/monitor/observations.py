@@ -54,13 +54,17 @@ class _Memory:
         return {"watch": self.watch.state(), "event": self.event, "offset": self.offset, "latest": latest}
 
 
+def _new_watch(settings: dict[str, Any], quiet: Floats | None) -> ChangeWatch:
+    """A watch that has seen nothing but perhaps a quiet period; of errors without one it learns."""
+    how = {name: settings[name] for name in ("kind", "budget", "k")}
+    return ChangeWatch(**how, reference=quiet, learns=settings["kind"] == "errors" and not settings["reference"])
+
+
 def _restored(settings: dict[str, Any], last: StreamState | None) -> _Memory | None:
     """The memory as it was kept; None when the watch has to begin."""
     if last is None or last.settings != settings or not last.state.get("watch"):
         return None
-    how: dict[str, Any] = {name: settings[name] for name in ("kind", "budget", "k")}
-    is_learning = settings["kind"] == "errors" and not settings["reference"]
-    watch = ChangeWatch(**how, reference=_ANY if settings["kind"] == "scores" else None, learns=is_learning)
+    watch = _new_watch(settings, np.array(_ANY) if settings["kind"] == "scores" else None)
     watch.restore(last.state["watch"])
     latest = pd.to_datetime(last.state["latest"]) if last.state.get("latest") else None
     return _Memory(watch, last.seen, last.state["offset"], last.state["event"], latest)
@@ -220,8 +224,7 @@ class ObservedStream:
 
     def _begun(self, quiet: Floats) -> _Memory:
         """The memory of a watch that begins after the store's last state."""
-        how = {name: self.settings[name] for name in ("kind", "budget", "k")}
-        watch = ChangeWatch(**how, reference=quiet if len(quiet) else None, learns=self.settings["kind"] == "errors")
+        watch = _new_watch(self.settings, quiet if len(quiet) else None)
         return _Memory(watch, self._kept_at, self._kept_at)
 
     def _follow(self, memory: _Memory, rows: pd.DataFrame) -> list[DriftEvent]:
